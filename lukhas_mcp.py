@@ -76,6 +76,7 @@ import binascii
 import bisect
 import collections
 import contextlib
+import dataclasses
 import datetime
 import difflib
 import email.utils
@@ -201,7 +202,7 @@ __all__ = [
     # Patch
     "PatchResult", "apply_patch",
     # Paths
-    "Root", "is_secret_path", "open_regular", "read_open_file", "explain_os_error", "file_errors",
+    "Root", "is_secret_path", "open_subfolder", "open_regular", "read_open_file", "explain_os_error", "file_errors",
     # Contents
     "encode_contents", "apply_template", "encode_path_id", "decode_path_id", "text_document",
     # Repository
@@ -971,7 +972,7 @@ def load_config(flags: Mapping[str, str], environ: Mapping[str, str] | None = No
     root = _find_root(values.get("repo_root", ""))
     values["repo_root"] = root
     _read_file(root, values, sources)
-    _read_secrets(values)
+    _read_secrets(values, sources)
     _fill_defaults(root, environ, values, sources, warnings)
     config = Config(**values, sources=sources, warnings=tuple(warnings))
     _check_together(config)
@@ -1011,14 +1012,26 @@ def _read_file(root: str, values: dict[str, Any], sources: dict[str, str]) -> No
         table = tomllib.loads(read_operator_file(path, "LUKHAS_MCP_CONFIG")).get("settings", {})
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: no valid TOML: {error}") from None
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: settings must be a table, [settings]")
     known = {one.flag[2:].replace("-", "_"): one for one in SETTINGS if one.flag}
-    for key, value in table.items() if isinstance(table, dict) else ():
+    for key, value in table.items():
         one = known.get(key.replace("-", "_"))
         if one is None or one.field in ("repo_root", "config"):
             raise ConfigError(f"{path}: unknown key settings.{key}; known: {', '.join(sorted(known))}")
         if one.field not in values:
-            text = ",".join(value) if isinstance(value, list) else str(int(value) if value is True else value)
-            values[one.field], sources[one.field] = one.parse(text), "file"
+            values[one.field], sources[one.field] = one.parse(_toml_text(value, one, f"{path}: settings.{key}")), "file"
+
+
+def _toml_text(value: object, one: Setting, where: str) -> str:
+    """A TOML value as the text that the environment would hold. Raises ConfigError."""
+    if isinstance(value, list) and one.kind.startswith("tuple") and all(isinstance(part, str) for part in value):
+        return ",".join(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, (str, int, float)):
+        raise ConfigError(f"{where} is {str(value)[:80]!r}; allowed: {one.allowed()}")
+    return str(value)
 
 
 def read_operator_file(path: str, variable: str) -> str:
@@ -1031,12 +1044,18 @@ def read_operator_file(path: str, variable: str) -> str:
         raise ConfigError(f"{variable} is {path!r}, which can't be read: {reason}") from None
 
 
-def _read_secrets(values: dict[str, Any]) -> None:
+def _read_secrets(values: dict[str, Any], sources: dict[str, str]) -> None:
     if values.get("prom_bearer_file") and not values.get("prom_bearer"):
         values["prom_bearer"] = read_operator_file(values["prom_bearer_file"], "PROM_BEARER_FILE").strip()
+        sources["prom_bearer"] = "file"
     if values.get("api_keys_file"):
         listed = read_operator_file(values["api_keys_file"], "LUKHAS_MCP_API_KEYS_FILE")
+        if not listed.strip():
+            # A file that was cut short must not leave the server open to everybody.
+            raise ConfigError(f"LUKHAS_MCP_API_KEYS_FILE is {values['api_keys_file']!r}, which holds no key; write one "
+                              "entry [name:[role:]]secret a line, or leave the variable unset")
         values["api_keys"] = values.get("api_keys", "") + "\n" + listed
+        sources.setdefault("api_keys", "file")
 
 
 def _fill_defaults(root: str, environ: Mapping[str, str], values: dict[str, Any], sources: dict[str, str],
@@ -1044,12 +1063,14 @@ def _fill_defaults(root: str, environ: Mapping[str, str], values: dict[str, Any]
     values.setdefault("slo", "prometheus" if values.get("prom_url") else "embedded")
     if "state_dir" not in values:
         values["state_dir"] = _default_state_dir(root, environ, warnings)
+    is_writable = os.access(root, os.W_OK)
+    beside = root if is_writable else values["state_dir"]
+    values.setdefault("state_path", os.path.join(beside, ".mcp-state.json"))
     if "db" not in values:
         values["db"] = os.path.join(root, ".mcp-state.db")
-        if not os.access(root, os.W_OK) and not os.path.exists(values["db"]):
+        if not is_writable and not os.path.exists(values["db"]):
             values["db"] = os.path.join(values["state_dir"], "lukhas-mcp.db")
             warnings.append(f"the repository is read-only: the database is {values['db']}, file tools will refuse")
-    values.setdefault("state_path", os.path.join(root, ".mcp-state.json"))
     for name in ("db", "state_dir", "state_path", "config"):
         if values.get(name):
             values[name] = os.path.abspath(values[name])
@@ -1095,7 +1116,9 @@ def config_rows(config: Config) -> list[tuple[str, str, str]]:
         value = getattr(config, one.field)
         if isinstance(value, tuple):
             value = ",".join(value)
-        shown = ("***" if value else "") if one.is_secret else str(int(value) if value is True else value)
+        shown = str(int(value) if isinstance(value, bool) else value)
+        # A secret as a whole, and the part of a URL that could hold one.
+        shown = re.sub("//[^/@]*@", "//***@", shown) if not one.is_secret else "***" if shown else ""
         rows.append((one.variable, shown, config.sources.get(one.field, "default")))
     return rows
 
@@ -1188,7 +1211,7 @@ def parse_plan(text: str, where: str = "lukhas.toml") -> Plan:
     defaults = document.get("defaults", {})
     _refuse_unknown(where, "defaults.", defaults, _DEFAULTS)
     for key, hook in defaults.items():
-        if hook not in tables["hooks"]:
+        if not isinstance(hook, str) or hook not in tables["hooks"]:
             raise ConfigError(f"{where}: defaults.{key} names the hook {hook!r}, which is not defined")
     return Plan(**tables, defaults=defaults)
 
@@ -1207,7 +1230,7 @@ def _read_tables(where: str, kind: str, tables: object) -> dict[str, Any]:
     found = {}
     for name, table in tables.items():
         if not is_id(name):
-            raise ConfigError(f"{where}: {kind}.{name}: a name is letters, digits and ._:/@+-, at most 128")
+            raise ConfigError(f"{where}: {kind}.{name!r}: a name is letters, digits and ._:/@+-, at most 128")
         found[name] = _read_row(f"{where}: {kind}.{name}", kind, name, table)
     return found
 
@@ -1350,7 +1373,8 @@ def _fit_type(value: Any, schema: dict[str, Any], where: str) -> tuple[Any, str]
     kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if "string" in kinds and not {"integer", "number"} & set(kinds):
-            return (str(int(value)) if float(value).is_integer() else str(value)), ""
+            is_whole = isinstance(value, int) or value.is_integer()
+            return str(int(value) if is_whole else value), ""
         if "integer" in kinds and isinstance(value, float) and value.is_integer():
             value = int(value)
         return _clamp(value, schema, kinds, where)
@@ -1363,8 +1387,8 @@ def _fit_type(value: Any, schema: dict[str, Any], where: str) -> tuple[Any, str]
 def _clamp(value: Any, schema: dict[str, Any], kinds: list[str], where: str) -> tuple[Any, str]:
     if not isinstance(value, tuple(_TYPES[kind] for kind in kinds if kind in ("integer", "number")) or ()):
         return value, _problem(where, value, " or ".join(_WORDS[kind] for kind in kinds))
-    low, high = schema.get("minimum", value), schema.get("maximum", value)
-    return min(max(value, low), high), ""
+    value = max(value, schema.get("minimum", value))
+    return min(value, schema.get("maximum", value)), ""
 
 
 def _validate_object(value: dict[str, Any], schema: dict[str, Any], where: str) -> tuple[Any, list[str]]:
@@ -1882,7 +1906,7 @@ class RequestParser:
         self._searched = max(0, len(buffer) - 3)
         if end < 0:
             return False
-        parse_fields(buffer, 0, end, self._limits.max_headers)  # checked, then dropped: nothing here reads trailers
+        parse_fields(buffer, 0, end, self._limits.max_headers)  # checked only: nobody here reads trailers
         del buffer[:end + 4]
         return True
 
@@ -2052,10 +2076,10 @@ def parse_keys(text: str, source: str) -> list[Key]:
     its hash; without a role it is admin. ConfigError names source and entry, never a secret.
     """
     keys: list[Key] = []
-    lines = text.removeprefix("\ufeff").splitlines()
+    lines = text.replace("\ufeff", "").splitlines()  # an editor's mark at the head of a file
     if source == _KEYS_VARIABLE and lines and lines[0].lstrip().startswith("#"):
         # As a comment it would leave the server without any key, and nobody would notice.
-        raise ConfigError(f"{source}: entry 1 begins with #; such a secret needs a name before it (name:#...)")
+        raise ConfigError(f"{source}: entry 1 begins with #; such a secret needs a name before it: name:#...")
     entries = [entry.strip() for line in lines if not line.lstrip().startswith("#")
                for entry in line.split(",") if entry.strip()]
     if not entries and (text.strip() or source != _KEYS_VARIABLE):
@@ -2076,7 +2100,7 @@ def _parse_key(entry: str, where: str) -> Key:
         digest = _parse_secret(entry, where)
         return Key(f"key-{digest[:4].hex()}", "admin", digest)
     if not is_id(name):
-        raise ConfigError(f"{where}: what stands before the first colon is the name, and must match {ID_PATTERN}")
+        raise ConfigError(f"{where}: before the first colon stands the name, which must match {ID_PATTERN}")
     if name in _RESERVED:
         raise ConfigError(f"{where}: the name {name} is reserved" + _HASH_HINT * (name == "sha256"))
     role, colon, secret = rest.partition(":")
@@ -2419,7 +2443,7 @@ def find_chain_fault(rows: Iterable[AuditRow]) -> str | None:
         if row.digest is None:
             unhashed.append(row)
             continue
-        if unhashed:
+        if unhashed or row.action == "audit_adopt":
             fault = _adoption_fault(row, unhashed)
             if fault:
                 return fault
@@ -2427,7 +2451,7 @@ def find_chain_fault(rows: Iterable[AuditRow]) -> str | None:
             last_id = row.audit_id - 1
         if last_id and row.audit_id != last_id + 1:
             return f"audit row {last_id + 1} is missing before row {row.audit_id}"
-        if row.digest != chain_hash(previous, row):
+        if not _fits(row, previous):
             return f"audit row {row.audit_id} was changed, or one before it was removed or inserted"
         previous, last_id = row.digest, row.audit_id
     if unhashed:
@@ -2446,9 +2470,21 @@ def adoption_digest(rows: Iterable[AuditRow]) -> str:
 def _adoption_fault(row: AuditRow, unhashed: list[AuditRow]) -> str | None:
     if row.action != "audit_adopt":
         return f"audit row {unhashed[0].audit_id} has no hash and was not adopted"
-    if json.loads(row.payload).get("digest") != adoption_digest(unhashed):
-        return f"an adopted audit row from {unhashed[0].audit_id} to {unhashed[-1].audit_id} was changed"
-    return None
+    try:
+        is_same = json.loads(row.payload)["digest"] == adoption_digest(unhashed)
+    except (ValueError, TypeError, KeyError):
+        is_same = False
+    if is_same:
+        return None
+    first, last = (unhashed[0].audit_id, unhashed[-1].audit_id) if unhashed else (row.audit_id - 1,) * 2
+    return f"an adopted audit row from {first} to {last} was changed, removed or inserted, or row {row.audit_id} was changed"
+
+
+def _fits(row: AuditRow, previous: str) -> bool:
+    try:
+        return row.digest == chain_hash(previous, row)
+    except TypeError:  # bytes, where only texts are ever written
+        return False
 
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._:/@+-]")
@@ -2456,14 +2492,21 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._:/@+-]")
 
 def narrative_line(ts: str, actor: str | None, action: str, payload: str | None) -> str:
     """`[2025-10-04 08:15] actor=system action=canary_promote details={...}`, always one line of ASCII."""
-    moment = parse_utc(ts)
-    stamp = datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")
+    stamp = utc_text(audit_time_s(ts))[:16].replace("T", " ")
     try:
-        details = json.loads(payload) if payload else {}
-    except ValueError:
-        details = {"raw": payload}
+        details = to_text(json.loads(payload) if payload else {})
+    except ValueError:  # no JSON, or NaN
+        details = to_text({"raw": payload})
     who = _UNSAFE.sub("_", actor or "system")
-    return f"[{stamp}] actor={who} action={_UNSAFE.sub('_', action)} details={to_text(details)}"
+    return f"[{stamp}] actor={who} action={_UNSAFE.sub('_', action)} details={details}"
+
+
+def audit_time_s(ts: str) -> float:
+    """When a row was written; 0 for a text that is no time, so that one spoilt row hides no other."""
+    try:
+        return parse_utc(ts)
+    except ValueError:
+        return 0.0
 
 
 # ==============================================================================
@@ -2586,15 +2629,21 @@ def connect_readonly(path: str) -> sqlite3.Connection:
     """A connection to a file that is only looked at. Raises ConfigError when there is none."""
     if not os.path.isfile(path):
         raise ConfigError(f"{path!r} is no file")
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("PRAGMA query_only=ON")
-    return connection
+    # mode=ro also keeps the last connection from moving a dead process's log into the file.
+    return sqlite3.connect(f"file:{_uri(path)}?mode=ro", uri=True, isolation_level=None)
 
 
 def _inspect(path: str) -> None:
     """Look at an existing file without changing it."""
-    if not os.path.exists(path) or os.path.getsize(path) == 0:
+    if not os.path.isfile(path) or os.path.getsize(path) == 0:
         return
+    try:
+        with open(path, "rb") as stream:
+            begin = stream.read(16)
+    except OSError as error:
+        raise ConfigError(f"LUKHAS_MCP_DB is {path!r}: it can't be read: {error.strerror}") from None
+    if begin != b"SQLite format 3\0":  # SQLite itself would take a short file for an empty one
+        raise sqlite3.DatabaseError("file is not a database")
     connection = sqlite3.connect(f"file:{_uri(path)}?mode=ro", uri=True)
     try:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -2665,7 +2714,8 @@ def adopt_rows(connection: sqlite3.Connection, now: str) -> None:
         return
     details = {"rows": len(rows), "from": rows[0].audit_id, "to": rows[-1].audit_id, "digest": adoption_digest(rows),
                "message": f"adopted {len(rows)} audit rows of the original server, which had no hash"}
-    row = AuditRow(rows[-1].audit_id + 1, now, "system", "audit_adopt", to_text(details))
+    counted = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='audits'").fetchone()
+    row = AuditRow(max(rows[-1].audit_id, counted[0]) + 1, now, "system", "audit_adopt", to_text(details))
     connection.execute("INSERT INTO audits (id, ts, actor, action, payload_json, hash) VALUES (?,?,?,?,?,?)",
                        (row.audit_id, row.ts, row.actor, row.action, row.payload, chain_hash(previous, row)))
 
@@ -2807,7 +2857,7 @@ class Reads:
         told = [AuditRow(0, row[0], row[1] or "system", row[2], to_text({"message": row[3], "entityId": entity_id}))
                 for row in self._all("SELECT created_at, operator, event_type, message FROM audits_narrative "
                                      "WHERE entity_id=? AND context IS NULL ORDER BY id LIMIT ?", entity_id, limit)]
-        return sorted(rows + told, key=lambda row: parse_utc(row.ts)) if told else rows
+        return sorted(rows + told, key=lambda row: audit_time_s(row.ts)) if told else rows
 
     def iterate_audits(self) -> Iterator[AuditRow]:
         """Every audit row in id order, for verifying."""
@@ -2984,6 +3034,8 @@ def verify_file(path: str) -> str | None:
     """The first fault of a database's audit chain, or None; the file is only read. Raises ConfigError."""
     connection = connect_readonly(path)
     try:
+        if all(row[1] != "hash" for row in connection.execute("PRAGMA table_info(audits)")):
+            raise ConfigError(f"{path!r} holds no chained audit rows: the original server or another program wrote it")
         return find_chain_fault(Reads(connection).iterate_audits())
     except sqlite3.Error as error:
         raise ConfigError(f"{path!r} can't be read: {error}") from None
@@ -3378,6 +3430,10 @@ class Policy:
     def rule(self) -> str:
         """Name and version of the rule that judges; a changed rule gets another version."""
         return f"{self.mode}/1"
+
+    @property
+    def has_targets(self) -> bool:
+        return self.latency_p95_ms is not None and self.max_error_rate is not None
 
     @property
     def last_tick(self) -> int:
@@ -3792,7 +3848,7 @@ class Judge:
 
     def __init__(self, policy: Policy):
         self.policy = policy
-        self.shares = (policy.max_error_rate, SLOW_SHARE)
+        self.shares = (policy.max_error_rate if policy.has_targets else 1.0, SLOW_SHARE)
         self.tick = 0
         self.judged = self.good = self.overlaps = 0
         self.asleep = 0  # judged ticks at which nobody was there to ask
@@ -4010,8 +4066,8 @@ def _check_early(state: Judge, sample: Sample) -> _Outcome | None:
                  for share, hits in zip(state.shares, state.totals[1:]))
     if chance > _EARLY_ALPHA:
         return None
-    return _promote(state, "early", f"{_count_text(state, 0)} and {_count_text(state, 1)}: at the targets so few have "
-                                    f"a chance of {chance:.2g} <= {_EARLY_ALPHA:g}")
+    return _promote(state, "early", f"{_count_text(state, 0)} and {_count_text(state, 1)}: at the targets so few "
+                                    f"have a chance of {chance:.2g} <= {_EARLY_ALPHA:g}")
 
 
 def _check_budget(state: Judge, sample: Sample) -> _Outcome | None:
@@ -4158,7 +4214,7 @@ def judge(policy: Policy, samples: Iterable[Sample]) -> Verdict:
 def _fold_samples(policy: Policy, samples: Iterable[Sample]) -> tuple[Judge, Verdict]:
     state = Judge(policy)
     verdict = Verdict("continue", "", "warmup")
-    for sample in samples:
+    for sample in samples if policy.has_targets else ():
         verdict = state.add(sample)
         if verdict.decision in ("promote", "rollback"):
             break
@@ -4315,7 +4371,8 @@ def literal_range_s(query: str) -> float | None:
             stack[-1][1] = max(stack[-1][1], furthest_s)
         elif kind == "number" and before in ("[", "offset"):
             stack[-1][1] += _duration_s(text)
-        elif kind == "name" and text not in _NO_OPERAND and text[0] != "$" or kind == "sign" and text in _OPERATORS:
+        elif (kind == "name" and text not in _NO_OPERAND and text[0] != "$"
+              or kind == "sign" and text in _OPERATORS):
             stack[-1] = [max(stack[-1]), 0.0]
         before = text
     return max(map(max, stack)) or None
@@ -4398,8 +4455,9 @@ def freshness_query(query: str, lookback_s: float) -> str | None:
     if name.endswith("_bucket") and not has_le:  # one bucket of each histogram is enough, and always there
         inner += (", " if inner else "") + 'le="+Inf"'
     series = name + (f"{{{inner}}}" if inner else "")
+    window = f"[{max(1, math.ceil(lookback_s))}s]"
     return (f'label_replace(max(timestamp({series})), "about", "newest", "", "") or '
-            f'label_replace(max(count_over_time({series}[{max(1, math.ceil(lookback_s))}s])), "about", "count", "", "")')
+            f'label_replace(max(count_over_time({series}{window})), "about", "count", "", "")')
 
 
 def bounds_query(query: str) -> str | None:
@@ -4411,8 +4469,9 @@ def bounds_query(query: str) -> str | None:
 
 
 def read_rows(document: Any) -> list[tuple[dict[str, Any], str]]:
-    """(labels, value as text) of each series in the answer to an instant query; a scalar is one without labels.
+    """(labels, value as text) of each series in the answer to an instant query.
 
+    A scalar is one series without labels.
     Raises UpstreamError with the class: `error` (Prometheus says so), `bad_type` or `malformed`.
     """
     match document:
@@ -4437,7 +4496,8 @@ def _read_sample_row(row: Any) -> tuple[dict[str, Any], str]:
 _SAMPLE_VALUE = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|NaN|[+-]?Inf", re.A)
 
 
-def read_value(rows: list[tuple[dict[str, Any], str]], ceiling: float = math.inf) -> tuple[float | None, str, str]:
+def read_value(rows: list[tuple[dict[str, Any], str]], ceiling: float = math.inf
+               ) -> tuple[float | None, str, str]:
     """(value, missing class, warning) of the series of one answer; "" where there is no class or warning.
 
     Of several series the largest counts. The classes: empty, nan, inf, negative, out_of_range (over
@@ -4494,14 +4554,16 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _NETWORK_CLASSES = (
     (TimeoutError, "timeout"), (ConnectionRefusedError, "refused"), (ConnectionResetError, "reset"),
     (BrokenPipeError, "reset"), (ssl.SSLError, "tls"), (socket.gaierror, "dns"), (UnicodeError, "dns"),
-    (OSError, "unreachable"), (http.client.IncompleteRead, "truncated"), (http.client.HTTPException, "malformed"),
+    (OSError, "unreachable"), (http.client.IncompleteRead, "truncated"),
+    (http.client.HTTPException, "malformed"),
     (ValueError, "malformed"))
 
 
 class _Exchange:
     """One GET, run in a thread, with a deadline that the event loop enforces by `cut`."""
 
-    def __init__(self, url: SplitResult, headers: Mapping[str, str], timeout_s: float, context: ssl.SSLContext | None):
+    def __init__(self, url: SplitResult, headers: Mapping[str, str], timeout_s: float,
+                 context: ssl.SSLContext | None):
         self.status: int | None = None
         self._url = url
         self._headers = headers
@@ -4570,8 +4632,9 @@ def _follow(url: SplitResult, location: str) -> SplitResult:
     """Where a redirect leads: the same host and port, or from http to https there, else UpstreamError."""
     try:
         to = urlsplit(urljoin(url.geturl(), location))
-        is_upgrade = (url.scheme, to.scheme) == ("http", "https") and url.port in (None, 80) and to.port in (None, 443)
         is_same = url.scheme == to.scheme and url.port == to.port
+        is_upgrade = ((url.scheme, to.scheme) == ("http", "https")
+                      and url.port in (None, 80) and to.port in (None, 443))
     except ValueError:
         raise UpstreamError("redirect", "to no valid address") from None
     if not location or to.hostname != url.hostname or not (is_same or is_upgrade):
@@ -4596,7 +4659,8 @@ class _Answer:
         if self.missing or name in _TABLE_NAMES and self.rows:
             return self
         value, missing, warning = read_value(list(self.rows), _CEILINGS.get(name, math.inf))
-        return replace(self, value=value, missing=missing, warning="; ".join(filter(None, (warning, self.warning))))
+        return replace(self, value=value, missing=missing,
+                       warning="; ".join(filter(None, (warning, self.warning))))
 
     def to_fact(self) -> dict[str, Any]:
         """What the audit keeps of it."""
@@ -4617,7 +4681,8 @@ def _read_answer(status: int | None, body: bytes) -> tuple[list[tuple[dict[str, 
         raise UpstreamError(f"http_{status}", _name_error(document))
     rows = read_rows(document)
     if len(rows) > _MAX_SERIES:
-        raise UpstreamError("too_large", f"{len(rows)} series, at most {_MAX_SERIES}; aggregate with max or sum")
+        raise UpstreamError("too_large",
+                            f"{len(rows)} series, at most {_MAX_SERIES}; aggregate with max or sum")
     notes = document.get("warnings")
     return rows, "; ".join(map(str, notes))[:300] if isinstance(notes, list) else ""
 
@@ -4670,7 +4735,8 @@ class PrometheusSampler:
         `hint`, `derived`, `drift`, `age_s`, `scrape_s`.
         """
         templates = self._templates(question)
-        answers = await asyncio.gather(*(self._answer(name, template, question) for name, template in templates.items()))
+        answers = await asyncio.gather(*(self._answer(name, template, question)
+                                         for name, template in templates.items()))
         return _Tick(question, templates, dict(zip(templates, answers)), self._config).read()
 
     def _templates(self, question: Question) -> dict[str, str]:
@@ -4690,8 +4756,10 @@ class PrometheusSampler:
         bounds = await self._read_bounds(template, question)
         if bounds and bounds["at_target"] is False:
             warnings.append(f"no bucket bound equals the target {question.target_ms:g} ms (it lies between "
-                            f"{bounds['below_ms']} and {bounds['above_ms']}): p95 is interpolated; add that bound")
-        found = {"source": self.source, "latency_p95_ms": reading.latency_p95_ms, "error_rate": reading.error_rate,
+                            f"{bounds['below_ms']} and {bounds['above_ms']}): p95 is interpolated; add that "
+                            "bound")
+        found = {"source": self.source, "latency_p95_ms": reading.latency_p95_ms,
+                 "error_rate": reading.error_rate,
                  "missing": reading.missing, **reading.facts, "warnings": warnings}
         return found | ({"bounds": bounds} if bounds else {})
 
@@ -4723,7 +4791,9 @@ class PrometheusSampler:
         """The one task that asks this query for this moment."""
         task = self._asked.get((query, at_s))
         if task is None:
-            for key in [key for key, task in self._asked.items() if task.done() and abs(key[1] - at_s) > _SHARE_S]:
+            old = [key for key, other in self._asked.items()
+                   if other.done() and abs(key[1] - at_s) > _SHARE_S]
+            for key in old:
                 del self._asked[key]
             task = self._asked[query, at_s] = asyncio.create_task(self._ask(query, at_s))
         return task
@@ -4782,7 +4852,8 @@ def _authorize(url: SplitResult, bearer: str) -> dict[str, str]:
 def _enclose(labels: list[Any], unit_ms: float, target_ms: float) -> dict[str, Any]:
     """The bucket bounds next to a target, in ms."""
     bounds_ms = sorted(round(float(le) * unit_ms, 6) for le in labels
-                       if isinstance(le, str) and re.fullmatch(r"[0-9.]+(e[+-]?[0-9]+)?", le) and le.count(".") < 2)
+                       if isinstance(le, str) and re.fullmatch(r"[0-9.]+(e[+-]?[0-9]+)?", le)
+                       and le.count(".") < 2)
     return {"below_ms": max((bound for bound in bounds_ms if bound <= target_ms), default=None),
             "above_ms": min((bound for bound in bounds_ms if bound >= target_ms), default=None),
             "at_target": any(math.isclose(bound, target_ms, rel_tol=1e-9) for bound in bounds_ms)}
@@ -4812,12 +4883,14 @@ class _Tick:
                        facts=self._facts)
 
     def _describe(self) -> None:
-        reaches_s = [literal_range_s(self._templates.get(name, "")) or 0.0 for name in ("lat", "err", "drift")]
+        reaches_s = [literal_range_s(self._templates.get(name, "")) or 0.0
+                     for name in ("lat", "err", "drift")]
         self._facts |= {
             "queries": {name: answer.to_fact() for name, answer in self._answers.items()},
             "attribution": attribution_of(self._templates["lat"], self._templates["err"]),
             "range_s": max(reaches_s) or None,
-            "warnings": [f"{name}: {answer.warning}" for name, answer in self._answers.items() if answer.warning]}
+            "warnings": [f"{name}: {answer.warning}" for name, answer in self._answers.items()
+                         if answer.warning]}
         if "drift" in self._answers:
             self._facts["drift"] = self._answers["drift"].value
 
@@ -4827,14 +4900,14 @@ class _Tick:
         if errors.missing != "empty" or self._answers["lat"].missing:
             return errors
         if self._config.prom_err_empty == "zero_if_traffic" and requests is not None and requests.value:
-            self._facts["derived"] = (f"error_rate 0: the error query is empty while the request counter stands at "
-                                      f"{requests.value:g} (PROM_ERR_EMPTY=zero_if_traffic)")
+            self._facts["derived"] = ("error_rate 0: the error query is empty while the request counter "
+                                      f"stands at {requests.value:g} (PROM_ERR_EMPTY=zero_if_traffic)")
             return replace(errors, value=0.0, missing="")
         better = better_error_query(self._templates["err"])
-        self._facts["hint"] = ("the error query answers no series while the latency is known, and no answer counts as "
-                               "100 % errors; a service that never failed has no series of failures. "
-                               + (f"Better: {better}" if better else
-                                  "Write it as (sum(…) or vector(0)) / sum(…): zero only while the traffic is known"))
+        self._facts["hint"] = ("the error query answers no series while the latency is known, and no answer "
+                               "counts as 100 % errors; a service that never failed has no such series. "
+                               + (f"Better: {better}" if better else "Write it as (sum(…) or vector(0)) / "
+                                  "sum(…): zero only while the traffic is known"))
         return errors
 
     def _read_counters(self) -> tuple[tuple[float, float, float] | None, str]:
@@ -4842,15 +4915,15 @@ class _Tick:
         requests, errors, fast = (self._answers.get(name) for name in _COUNTER_NAMES)
         if requests is None:
             return None, ""
-        if requests.missing:  # an instant selector is empty as soon as the exporter is gone, a range long after
+        if requests.missing:  # an instant selector is empty at once when the exporter is gone, a range is not
             return None, "stale" if requests.missing == "empty" else requests.missing
         if errors is None or fast is None:
             return None, ""
         if fast.missing == "empty" and requests.value:
             # Not zero: every request would count as slow because of a bound that does not exist.
-            self._facts["hint"] = ("the counter of fast requests has no series: no bucket has the bound le of the "
-                                   f"target ({self._question.target_ms / 1000:.12g} s); some clients write whole "
-                                   r'seconds as 1.0, le=~"$__target_s(\\.0)?" finds both')
+            self._facts["hint"] = ("the counter of fast requests has no series: no bucket has the bound le "
+                                   f"of the target ({self._question.target_ms / 1000:.12g} s); some clients "
+                                   r'write whole seconds as 1.0, le=~"$__target_s(\\.0)?" finds both')
             return None, "empty"
         for answer in (errors, fast):
             if answer.missing not in ("", "empty"):
@@ -4922,11 +4995,11 @@ def _criticize(reading: Reading) -> list[str]:
     if facts["attribution"] == "none":
         found.append("a query names neither $__gate nor $__model: it measures whatever else it matches, too")
     if facts["range_s"]:
-        found.append(f"a written-out range reaches back {facts['range_s']:g} s: samples taken earlier than that after "
-                     "the start still hold what was there before; [$__window] does not")
+        found.append(f"a written-out range reaches back {facts['range_s']:g} s: samples taken earlier than "
+                     "that after the start still hold what was there before; [$__window] does not")
     if "age_s" not in facts and reading.missing != "stale":
-        found.append("the age of the newest sample can't be told: a dead exporter is seen only when the range has "
-                     "passed; set PROM_Q_FRESH")
+        found.append("the age of the newest sample can't be told: a dead exporter is seen only when the "
+                     "range has passed; set PROM_Q_FRESH")
     return found
 
 
@@ -4977,7 +5050,8 @@ def parse_observation(document: Any) -> Observation:
     Raises InvalidArguments that names the field, what came and what is allowed.
     """
     if not isinstance(document, Mapping):
-        raise _refuse_field("an observation", document, "a JSON object with gate and one of " + ", ".join(_SHAPES))
+        raise _refuse_field("an observation", document,
+                            "a JSON object with gate and one of " + ", ".join(_SHAPES))
     gate = _parse_seen_id("gate", document.get("gate"))
     model_id = "" if document.get("modelId") is None else _parse_seen_id("modelId", document["modelId"])
     given = [name for name in _SHAPES if document.get(name) is not None]
@@ -5040,7 +5114,8 @@ def _parse_latencies(document: Mapping[str, Any], found: Observation) -> Observa
         found.latencies_ms.append(_parse_latency(f"latency_ms[{at}]", value))
     found.requests = len(found.latencies_ms)
     if document.get("errors") is None:  # left out is not none: no data must not become no errors
-        raise InvalidArguments(f"errors is missing; say how many of these {found.requests} requests failed, 0 if none")
+        raise InvalidArguments(f"errors is missing; say how many of these {found.requests} requests failed, "
+                               "0 if none")
     found.errors = _parse_seen_count("errors", document["errors"], found.requests)
     return found
 
@@ -5053,7 +5128,8 @@ def _parse_counts(document: Mapping[str, Any], found: Observation) -> Observatio
     found.errors = _parse_seen_count("counts.errors", counts.get("errors"), found.requests)
     buckets = counts.get("buckets")
     if not isinstance(buckets, Mapping) or not 1 <= len(buckets) <= _MAX_BUCKETS:
-        raise _refuse_field("counts.buckets", buckets, f"an object of 1 to {_MAX_BUCKETS} bounds in ms, each with the number "
+        raise _refuse_field("counts.buckets", buckets,
+                            f"an object of 1 to {_MAX_BUCKETS} bounds in ms, each with the number "
                       "of requests that took at most as long")
     below_ms, below = 0.0, 0
     for bound_ms, label in sorted((_parse_bound(label), label) for label in buckets):
@@ -5061,7 +5137,8 @@ def _parse_counts(document: Mapping[str, Any], found: Observation) -> Observatio
             raise _refuse_field("a bound of counts.buckets", label, "every bound once, over 0 ms")
         reached = _parse_seen_count(f"counts.buckets[{label!r}]", buckets[label], found.requests)
         if reached < below or math.isinf(bound_ms) and reached != found.requests:
-            raise _refuse_field(f"counts.buckets[{label!r}]", reached, f"a number from {below} on, since buckets are "
+            raise _refuse_field(f"counts.buckets[{label!r}]", reached,
+                                f"a number from {below} on, since buckets are "
                           "cumulative (le = at most), and for +Inf the number of requests")
         if reached > below:
             found.segments[below_ms, bound_ms] = reached - below
@@ -5156,7 +5233,8 @@ def _is_seen_counted(seen_model: str, key_name: str, model_id: str, starter: str
     return seen_model in ("", model_id) and not (starter and key_name == starter)
 
 
-def quantile_ms(share: float, latencies_ms: Doubles[float], segments: Mapping[tuple[float, float], int]) -> float | None:
+def quantile_ms(share: float, latencies_ms: Doubles[float],
+                segments: Mapping[tuple[float, float], int]) -> float | None:
     """The latency that `share` of the requests do not exceed; None where there is none.
 
     Exact for single latencies, linear within a segment (as histogram_quantile), infinite where it
@@ -5217,15 +5295,16 @@ class ObservationSampler:
             self._drop_tallies(now_s)
             idle = [(gate.observed_at_s, other) for other, gate in self._gates.items() if not gate.tallies]
             if not idle:
-                raise InvalidArguments(f"gate is {name!r}; {_MAX_GATES} others are being watched, no more fit in memory")
+                raise InvalidArguments(f"gate is {name!r}; {_MAX_GATES} others are being watched, no more "
+                                       "fit in memory")
             del self._gates[min(idle)[1]]
         gate = self._gates[name] = _SeenGate()
         return gate
 
     def _drop_tallies(self, now_s: float) -> None:
         for gate in self._gates.values():
-            for key in [key for key, tally in gate.tallies.items() if now_s - tally.asked_at_s > _TALLY_IDLE_S]:
-                del gate.tallies[key]
+            gate.tallies = {key: tally for key, tally in gate.tallies.items()
+                            if now_s - tally.asked_at_s <= _TALLY_IDLE_S}
 
     async def read(self, question: Question) -> Reading:
         """p95, error rate and counters of the last `window_s`.
@@ -5238,8 +5317,9 @@ class ObservationSampler:
         try:
             gate = self._gates.get(question.gate) or self._open_gate(question.gate, now_s)
         except InvalidArguments as error:
-            return Reading(None, None, self.source, "no_data", facts={"warnings": [error.message], "by_key": {},
-                                                                      "excluded": 0, "attribution": "none"})
+            return Reading(None, None, self.source, "no_data",
+                           facts={"warnings": [error.message], "by_key": {}, "excluded": 0,
+                                  "attribution": "none"})
         counters = self._count(gate, question, now_s)
         return _SeenWindow(gate, question, now_s).read(counters)
 
@@ -5254,7 +5334,8 @@ class ObservationSampler:
     async def check(self, question: Question) -> dict[str, Any]:
         """What a dry run shows: source, latency_p95_ms, error_rate, missing, requests and the facts."""
         reading = await self.read(question)
-        return {"source": self.source, "latency_p95_ms": reading.latency_p95_ms, "error_rate": reading.error_rate,
+        return {"source": self.source, "latency_p95_ms": reading.latency_p95_ms,
+                "error_rate": reading.error_rate,
                 "missing": reading.missing, "requests": reading.requests, **reading.facts}
 
 
@@ -5276,7 +5357,8 @@ class _SeenWindow:
 
     def _take(self, batch: _SeenBatch) -> None:
         seen = batch.seen
-        if not _is_seen_counted(seen.model_id, batch.key_name, self._question.model_id, self._question.starter):
+        if not _is_seen_counted(seen.model_id, batch.key_name, self._question.model_id,
+                                self._question.starter):
             self._excluded += seen.requests
             return
         self._by_key[batch.key_name] = self._by_key.get(batch.key_name, 0) + seen.requests
@@ -5292,20 +5374,21 @@ class _SeenWindow:
             facts["covers_s"] = round(self._now_s - self._cut_at_s, 3)
         if not total.requests:
             facts["hint"] = (f"no observation of gate {self._question.gate} counted in the last "
-                             f"{self._question.window_s} s; push them with the tool observe or POST /observe, "
-                             "or set PROM_URL")
+                             f"{self._question.window_s} s; push them with the tool observe or POST "
+                             "/observe, or set PROM_URL")
             return Reading(None, None, ObservationSampler.source, "no_data", counters, 0.0, facts)
         latency_ms = quantile_ms(0.95, total.latencies_ms, total.segments)
         is_known = math.isfinite(latency_ms)
-        return Reading(latency_ms if is_known else None, total.errors / total.requests, ObservationSampler.source,
+        return Reading(latency_ms if is_known else None, total.errors / total.requests,
+                       ObservationSampler.source,
                        None if is_known else "inf", counters, float(total.requests), facts)
 
     def _warnings(self) -> list[str]:
         target_ms, found = self._question.target_ms, []
         across = [edges for edges in self._total.segments if edges[0] < target_ms < edges[1]]
         if across:
-            found.append(f"no bucket bound equals the target {target_ms:g} ms: what lies between {across[0][0]:g} and "
-                         f"{across[0][1]:g} ms counts as slow")
+            found.append(f"no bucket bound equals the target {target_ms:g} ms: what lies between "
+                         f"{across[0][0]:g} and {across[0][1]:g} ms counts as slow")
         return found
 
 
@@ -5325,13 +5408,14 @@ class StubSampler:
         """120 to 220 ms, 0 to 1 % errors."""
         return Reading(round(120 + 100 * self._chance(), 1), round(0.01 * self._chance(), 4), self.source,
                        facts={"stub": True, "attribution": "none",
-                              "warnings": ["random values for a demonstration (LUKHAS_MCP_SLO=stub), nothing was "
-                                           "measured"]})
+                              "warnings": ["random values for a demonstration (LUKHAS_MCP_SLO=stub), nothing "
+                                           "was measured"]})
 
     async def check(self, question: Question) -> dict[str, Any]:
         """What a dry run shows of a demonstration."""
         reading = await self.read(question)
-        return {"source": self.source, "latency_p95_ms": reading.latency_p95_ms, "error_rate": reading.error_rate,
+        return {"source": self.source, "latency_p95_ms": reading.latency_p95_ms,
+                "error_rate": reading.error_rate,
                 "missing": None, **reading.facts}
 
 
@@ -5347,6 +5431,7 @@ class StubSampler:
 UNDER_WAY = (CanaryStatus.RUNNING, CanaryStatus.PAUSED)
 HELD = "paused"  # the reason of a canary that a person paused; any other waits for an approval
 _STORE_RETRY_S = 1.0
+_TOLD = ("reason", "rule", "inequality", "tick", "ticks", "elapsedSeconds", "shadow")  # of the audit, in the event
 
 
 class Watch:
@@ -5399,8 +5484,7 @@ class Watch:
     async def preview(self) -> tuple[dict[str, Any], str]:
         """What a dry run shows of the queries, and how a tick with these values would be judged."""
         question = self._make_question(self.policy.query_window_s)
-        has_targets = self.policy.latency_p95_ms is not None and self.policy.max_error_rate is not None
-        ask = getattr(self._sampler, "check", None) if has_targets else None
+        ask = getattr(self._sampler, "check", None) if self.policy.has_targets else None
         try:
             async with asyncio.timeout(2.2 * self._timeout_s):
                 found = await ask(question) if ask else _describe_reading(await self._sampler.read(question))
@@ -5408,7 +5492,7 @@ class Watch:
             found = _describe_reading(Reading(None, None, self._sampler.source, "timeout"))
         if found["missing"]:
             return found, f"missing ({found['missing']})"
-        if not has_targets:
+        if not self.policy.has_targets:
             return found, "ok, but there are no targets to judge by"
         is_good = (found["latency_p95_ms"] <= self.policy.latency_p95_ms
                    and found["error_rate"] <= self.policy.max_error_rate)
@@ -5459,15 +5543,13 @@ class Watch:
 
     def _make_sample(self, tick: int, reading: Reading) -> Sample:
         values = (reading.latency_p95_ms, reading.error_rate)
-        missing = reading.missing
-        if not missing and not all(value is not None and math.isfinite(value) for value in values):
-            missing = "empty"
+        missing = reading.missing or next(filter(None, map(_class_of, values)), None)
         facts = dict(reading.facts)
         elapsed_s = self.elapsed_s()
         if (facts.get("range_s") or 0) > tick * self.policy.interval_s + 0.5:
             facts["overlaps"] = True
         if missing:
-            facts |= {"asked": reading.source, "raw": list(values)}
+            facts |= {"asked": reading.source, "raw": [None if _class_of(value) else value for value in values]}
             self._requests.append(0.0)
             return self._make_empty(tick, missing, facts)
         increments = self._count_increments(reading)
@@ -5476,8 +5558,8 @@ class Watch:
             self._counters = reading.counters
         self._requests.append(increments[0] if increments else 0.0)
         requests = reading.requests if reading.requests is not None or increments is None else sum(self._requests)
-        return Sample(tick, elapsed_s, utc_text(self._clock.now_s()), *values, reading.source, None, requests, increments,
-                      facts=facts)
+        return Sample(tick, elapsed_s, utc_text(self._clock.now_s()), *values, reading.source, None, requests,
+                      increments, facts=facts)
 
     def _make_empty(self, tick: int, missing: str, facts: dict[str, Any]) -> Sample:
         return Sample(tick, self.elapsed_s(), utc_text(self._clock.now_s()), CONSERVATIVE_LATENCY_MS,
@@ -5511,6 +5593,13 @@ class Watch:
             except Unavailable as error:
                 log.error("canary %s: tick %d is not stored yet: %s", self.canary.canary_id, sample.tick, error)
                 await self._clock.sleep(_STORE_RETRY_S)
+
+
+def _class_of(value: float | None) -> str | None:
+    """Why a value is none, or None; NaN and infinities are no JSON and compare with nothing."""
+    if value is None:
+        return "empty"
+    return "nan" if math.isnan(value) else "inf" if math.isinf(value) else None
 
 
 def _describe_reading(reading: Reading) -> dict[str, Any]:
@@ -5564,9 +5653,12 @@ class _Step:
             count = sample.facts["ticks"]
             return f"{place}: {count} {'tick' if count == 1 else 'ticks'} passed while the server was down"
         if sample.missing:
-            hint = sample.facts.get("hint")
-            return (f"{place}: no value from {sample.facts['asked']} ({sample.missing}), so 9999 ms and 1.0 stand in; "
-                    f"{self.verdict.numbers.get('missing_streak')} such ticks in a row" + (f"; {hint}" if hint else ""))
+            is_warmup = self.verdict.tick_class == "warmup"
+            told = ("which the warm-up does not judge" if is_warmup else
+                    f"{self.verdict.numbers['missing_streak']} in a row that roll back")
+            hint = f"; {sample.facts['hint']}" if sample.facts.get("hint") else ""
+            return (f"{place}: no value from {sample.facts['asked']} ({sample.missing}), so 9999 ms and 1.0 stand "
+                    f"in, {told}{hint}")
         counted = f", {sample.requests:.0f} requests" if sample.requests is not None else ""
         return (f"{place}: p95 {sample.latency_p95_ms:.5g} ms (target {policy.latency_p95_ms:g}), error rate "
                 f"{sample.error_rate:.4g} (target {policy.max_error_rate:g}){counted}: {sample.verdict}")
@@ -5577,8 +5669,9 @@ class _Step:
                                reason=self.verdict.reason)
         message = (f"canary {canary.canary_id} of {canary.model_id} to {canary.to_gate} waits for approve_canary or "
                    f"abort_canary ({self.verdict.reason}): {self.verdict.inequality}")
-        tell_canary(tx, moved, "paused", message, {"reason": self.verdict.reason, "inequality": self.verdict.inequality,
-                                                   "numbers": self.verdict.numbers}, action="canary_pause")
+        verdict = self.verdict
+        tell_canary(tx, moved, "paused", message, action="canary_pause", details={
+            "reason": verdict.reason, "inequality": verdict.inequality, "numbers": dict(verdict.numbers)})
         return moved
 
 
@@ -5589,8 +5682,7 @@ def tell_canary(tx: Transaction, canary: Canary, step: str, message: str, detail
              "toGate": canary.to_gate, "status": str(canary.status)}
     ids = tuple(dict.fromkeys((canary.canary_id, canary.model_id, canary.to_gate, canary.from_gate)))
     tx.record(AuditRecord(actor, action, ids, message, named | dict(details), given, "canary"))
-    told = {name: value for name, value in details.items() if name in ("reason", "rule", "inequality", "tick", "ticks",
-                                                                       "elapsedSeconds", "shadow")}
+    told = {name: details[name] for name in _TOLD if name in details}
     tx.publish("canary", canary.canary_id, step, named | {"gate": canary.to_gate} | told | {"narrative": message})
 
 
@@ -5675,7 +5767,8 @@ class CanaryController:
         """Take up every canary that a former process left under way, then those that wait for their gate."""
         for canary in reversed(self._store.list_canaries(_ALL_CANARIES, UNDER_WAY)):
             await self._restore(canary)
-        for gate in {canary.to_gate for canary in self._store.list_canaries(_ALL_CANARIES, (CanaryStatus.PENDING,))}:
+        waiting = self._store.list_canaries(_ALL_CANARIES, (CanaryStatus.PENDING,))
+        for gate in {canary.to_gate for canary in waiting if canary.reason == _QUEUED}:
             await self._start_queued(gate)
 
     async def stop(self) -> None:
@@ -5828,7 +5921,11 @@ class CanaryController:
             policy = Policy.from_wire(canary.effective)
             watch = self._make_watch(canary, policy)
             await watch.read_baseline()
-            begun = await self._store.write(lambda tx: _unqueue(tx, canary, policy))
+            try:
+                begun = await self._store.write(lambda tx: _unqueue(tx, canary, policy))
+            except Unavailable as error:
+                log.error("canary %s stays queued: %s", canary.canary_id, error)
+                return
             if begun is not None:
                 watch.begin(begun)
                 self._drive(watch)
@@ -5896,7 +5993,8 @@ class CanaryController:
             raise Conflict(f"gate {canary.to_gate} demands a second person, and {actor.name} started this canary")
         policy, state, verdict = self._judged(canary)
         if verdict.tick_class == "missing":
-            raise Conflict(f"the last tick of {canary_id} has no value; no data never promotes, try again after the next")
+            raise Conflict(f"the last tick of {canary_id} has no value, and no data never promotes; try again after "
+                           "the next tick")
 
         def work(tx: Transaction) -> Canary:
             now = tx.find_canary(canary_id)
@@ -5974,7 +6072,8 @@ def _find_repeated(reads: Reads, canary: Canary, now_s: float) -> Canary | None:
 
 
 def _is_alike(one: Canary, other: Canary) -> bool:
-    return all(getattr(one, name) == getattr(other, name) for name in ("model_id", "from_gate", "to_gate", "effective"))
+    names = ("model_id", "from_gate", "to_gate", "effective")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def _check_gate(reads: Reads, canary: Canary, policy: Policy) -> list[Canary]:
@@ -5982,9 +6081,9 @@ def _check_gate(reads: Reads, canary: Canary, policy: Policy) -> list[Canary]:
     active = reads.list_canaries(_ALL_CANARIES, UNDER_WAY, canary.to_gate)
     if active and policy.on_conflict == "reject":
         first = active[-1]
-        raise Conflict(f"{first.canary_id} of {first.model_id} is {first.status} on its way to {first.to_gate}, and a "
-                       "gate takes one canary at a time; wait for it, abort_canary it, or start with policy.onConflict "
-                       "queue or supersede", data={"canaryId": first.canary_id})
+        raise Conflict(f"{first.canary_id} of {first.model_id} is {first.status} on its way to {first.to_gate}, and "
+                       "a gate takes one canary at a time; wait for it, abort_canary it, or start with "
+                       "policy.onConflict queue or supersede", data={"canaryId": first.canary_id})
     return active
 
 
@@ -5999,15 +6098,15 @@ def _begin(tx: Transaction, proposal: _Proposal) -> Canary:
     if active and policy.on_conflict == "queue":
         queued = replace(canary, status=CanaryStatus.PENDING, reason=_QUEUED)
         tx.insert_canary(queued)
-        tell_canary(tx, queued, "queued", f"the canary of {canary.model_id} waits until the gate {canary.to_gate} is "
-                    f"free of {active[0].canary_id}", {"reason": _QUEUED}, action="canary_queue", actor=proposal.actor,
-                    given=proposal.given)
+        tell_canary(tx, queued, "queued", f"the canary of {canary.model_id} waits until the gate {canary.to_gate} "
+                    f"is free of {active[-1].canary_id}", {"reason": _QUEUED}, action="canary_queue",
+                    actor=proposal.actor, given=proposal.given)
         return queued
     for other in active:
         moved = tx.move_canary(other.canary_id, UNDER_WAY, status=CanaryStatus.ROLLED_BACK, reason="superseded")
-        tell_canary(tx, moved, "rolled_back", f"the canary of {other.model_id} to {other.to_gate} was superseded by "
-                    f"{canary.canary_id}", {"reason": "superseded", "by": canary.canary_id}, action="canary_rollback",
-                    actor=proposal.actor)
+        tell_canary(tx, moved, "rolled_back", f"the canary of {other.model_id} to {other.to_gate} was superseded "
+                    f"by {canary.canary_id}", {"reason": "superseded", "by": canary.canary_id},
+                    action="canary_rollback", actor=proposal.actor)
     tx.insert_canary(canary)
     _tell_start(tx, canary, policy, proposal)
     return canary
@@ -6051,8 +6150,14 @@ def _tell_start(tx: Transaction, canary: Canary, policy: Policy, proposal: _Prop
 _GUARD = r"""
 import ctypes, glob, os, resource, signal, sys, _thread
 orders, reports, cpu_s = map(int, sys.argv[1:4])
-for fd in (orders, reports):
-    os.set_inheritable(fd, False)
+for fd in map(int, os.listdir("/dev/fd")):
+    if fd in (orders, reports):
+        os.set_inheritable(fd, False)
+    elif fd > 2:
+        try:
+            os.close(fd)  # uvloop leaves open what Popen would close
+        except OSError:
+            pass  # the listing itself
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
 try:
@@ -7064,7 +7169,7 @@ class BuiltinAttempt:
 BUILTIN_TIMEOUT_S = 60.0
 INTERRUPTED = "interrupted"
 _TICK_S = 0.5  # at most two progress events a second
-_LAUNCH_RETRY_S = 5.0
+_LAUNCH_RETRY_S = 2.0  # after the database was away
 
 
 @dataclass(slots=True)
@@ -7166,9 +7271,9 @@ class JobRunner:
             return job_ids
 
         job_ids = await self._store.write(work)
-        known = [name for name in await asyncio.to_thread(_old_folders, self._folder, before_s)
-                 if self._store.find_job(name) is None]
-        for name in {*job_ids, *known}:
+        lost = [name for name in await asyncio.to_thread(_old_folders, self._folder, before_s)
+                if self._store.find_job(name) is None]
+        for name in {*job_ids, *lost}:
             await asyncio.to_thread(shutil.rmtree, os.path.join(self._folder, name), ignore_errors=True)
         return job_ids
 
@@ -7187,7 +7292,8 @@ class JobRunner:
         for job_id in list(self._runs):
             self._halt(job_id)
         await asyncio.gather(*tasks, *filter(None, [self._driver]))
-        await self._interrupt()
+        with contextlib.suppress(Unavailable):  # no database: the next start does it
+            await self._interrupt()
 
     async def _interrupt(self) -> None:
         """Whatever is under way by its row, and by nothing else, has failed."""
@@ -7229,7 +7335,7 @@ class JobRunner:
         # house: allow broad -- a job must end in a final state whatever went wrong with it
         except Exception as error:
             log.exception("job %s", run.job.job_id)
-            word = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+            word = error.message if isinstance(error, LukhasError) else type(error).__name__
             with contextlib.suppress(LukhasError):
                 await self._end(run.job, JobStatus.FAILED, f"internal error: {word}")
         finally:
@@ -7290,8 +7396,6 @@ class JobRunner:
         """Store and publish a progress that was not told yet; it is no audit row."""
         if progress is None or progress == run.told:
             return
-        run.told = progress
-
         def work(tx: Transaction) -> None:
             job = tx.move_job(run.job.job_id, (JobStatus.RUNNING,), progress=progress.to_wire())
             if job is not None:
@@ -7299,13 +7403,24 @@ class JobRunner:
                 tx.publish("job", job.job_id, "progress",
                            _body(job) | progress.to_wire() | {"narrative": f"{_name(job)} has done {share}"})
 
-        await self._store.write(work)
+        # A database that is away for a moment costs a progress, never the job.
+        with contextlib.suppress(Unavailable):
+            await self._store.write(work)
+            run.told = progress
 
     async def _end(self, job: Job, status: JobStatus, reason: str | None,
                    result: dict[str, Any] | None = None) -> None:
+        """Move a job to its final state, however long the database is away."""
         word = str(status).lower()
         sentence = f"{_name(job)} {_ENDINGS[status]}" + (f": {reason}" if reason else "")
-        await self._move(job, _UNDER_WAY, status, f"eval_{word}", sentence, reason=reason, result=result)
+        while True:
+            try:
+                await self._move(job, _UNDER_WAY, status, f"eval_{word}", sentence, reason=reason, result=result)
+                return
+            except Unavailable:
+                if self._is_stopping:
+                    raise  # the next start finds it under way and has it fail as interrupted
+                await self._clock.sleep(_LAUNCH_RETRY_S)
 
     async def _move(self, job: Job, from_statuses: tuple[JobStatus, ...], status: JobStatus, action: str,
                     sentence: str, **columns: Any) -> Job | None:
@@ -7561,7 +7676,7 @@ def _covers(items: Sequence[_GlobItem], subject: Sequence[str], star: str,
 _MAX_PATCH_BYTES = 4 * 2**20
 _MAX_PATCHED_BYTES = 16 * 2**20
 _MAX_HUNKS = 2000
-_MAX_COMPARED = 10_000_000  # lines compared in search of places; equal lines would make it quadratic
+_MAX_COMPARED = 2_000_000  # lines compared in search of places; equal lines would make it quadratic
 
 _HUNK_HEADER = re.compile(rb"@@ -(\d{1,9})(?:,(\d{1,9}))? \+(\d{1,9})(?:,(\d{1,9}))? @@")
 _QUOTED = re.compile(rb"\\([0-7]{3}|.)", re.S)
@@ -7573,10 +7688,12 @@ _OTHER_FORMATS = {
     b"GIT binary patch": "it is binary", b"Binary files ": "it is binary",
 }
 _OTHER_DEEDS = _OTHER_FORMATS | {
-    b"deleted file mode": "it deletes the file; use delete_file", b"+++ /dev/null": "it deletes the file; use delete_file",
+    b"deleted file mode": "it deletes the file; use delete_file",
+    b"+++ /dev/null": "it deletes the file; use delete_file",
     b"rename ": "it renames; use rename_file", b"copy ": "it copies; create the file instead",
     b"new file mode 12": "it makes a symbolic link", b"new file mode 16": "it adds a submodule",
-    b"diff --git ": "more than one file; send one call for each", b"Index: ": "more than one file; send one call for each",
+    b"diff --git ": "more than one file; send one call for each",
+    b"Index: ": "more than one file; send one call for each",
 }
 
 
@@ -7591,7 +7708,8 @@ class PatchResult:
     notes: tuple[str, ...] = ()
 
 
-def apply_patch(original: bytes | None, patch: bytes | str, path: str, *, allow_create: bool = False) -> PatchResult:
+def apply_patch(original: bytes | None, patch: bytes | str, path: str, *,
+                allow_create: bool = False) -> PatchResult:
     """Apply the unified diff of one file to its bytes; None is a file that does not exist.
 
     Raises NotFound (no file and no `allow_create`), InvalidArguments (no proper diff of `path`) or
@@ -7603,8 +7721,10 @@ def apply_patch(original: bytes | None, patch: bytes | str, path: str, *, allow_
     before = original or b""
     if diff.is_creation and before:
         raise Conflict(f"The patch creates {path}, which exists and is not empty")
-    if b"\0" in before or len(before) > _MAX_PATCHED_BYTES:
-        raise Conflict(f"{path} is " + ("a binary file" if b"\0" in before else f"over {_MAX_PATCHED_BYTES} bytes"))
+    if b"\0" in before:
+        raise Conflict(f"{path} is a binary file")
+    if len(before) > _MAX_PATCHED_BYTES:
+        raise Conflict(f"{path} is over {_MAX_PATCHED_BYTES} bytes")
     target = _Target(path, _split_lines(before))
     _adopt_line_ends(diff, target)
     new = _put_hunks(diff, target)
@@ -7721,7 +7841,8 @@ def _read_head(head: list[bytes], path: str, *, has_hunks: bool) -> tuple[bool, 
         elif re.match(rb"(old|new|new file) mode 100(644|755)\r?$", row):
             notes += ["the file mode in the diff is not applied"] * (b"100755" in row and not notes)
         elif row.strip() and not re.match(rb"(index |similarity |dissimilarity )", row):
-            raise InvalidArguments(f"Invalid patch: line {number} is no part of a unified diff: {_shown_line(row)}")
+            raise InvalidArguments(f"Invalid patch: line {number} is no part of a unified diff: "
+                                   f"{_shown_line(row)}")
     _check_names(names, path)
     return names.get(b"--- ") == b"/dev/null", notes
 
@@ -7749,7 +7870,8 @@ def _check_name(name: bytes, path: str) -> None:
     if name.startswith(b'"') and name.endswith(b'"'):  # as git quotes names that are not plain ASCII
         name = _QUOTED.sub(_unquoted, name[1:-1])
     if name not in [prefix + path.encode() for prefix in _NAME_PREFIXES]:
-        raise InvalidArguments(f"Invalid patch: its header names {_shown_line(name)}, the call names {path!r}")
+        raise InvalidArguments(f"Invalid patch: its header names {_shown_line(name)}, "
+                               f"the call names {path!r}")
 
 
 def _unquoted(match: re.Match[bytes]) -> bytes:
@@ -7776,7 +7898,8 @@ def _read_hunk(number: int, header: bytes, body: list[bytes]) -> _Hunk:
     if not hunk.added and not hunk.removed:
         raise InvalidArguments(f"Invalid patch: hunk {number} ({hunk.header}) changes nothing")
     if any(not line.endswith(b"\n") for side in (hunk.old, hunk.new) for line in side[:-1]):
-        raise InvalidArguments(f"Invalid patch: in hunk {number} a line follows on \"\\ No newline at end of file\"")
+        raise InvalidArguments(f"Invalid patch: in hunk {number} a line follows on "
+                               "\"\\ No newline at end of file\"")
     return hunk
 
 
@@ -7793,20 +7916,21 @@ def _read_body_row(hunk: _Hunk, row: bytes, mark_before: bytes) -> None:
         hunk.new.append(line)
         hunk.added += 1
     elif mark == b"\\" and mark_before not in (b"", b"\\"):
-        for side in ([hunk.old] if mark_before == b"-" else [hunk.new] if mark_before == b"+" else [hunk.old, hunk.new]):
-            side[-1] = side[-1][:-1]
+        for side, other_mark in ((hunk.old, b"+"), (hunk.new, b"-")):
+            if mark_before != other_mark:
+                side[-1] = side[-1][:-1]
     else:
         _check_kind([row], _OTHER_DEEDS)
-        raise InvalidArguments(f"Invalid patch: in hunk {hunk.number} the line {_shown_line(row)} begins with "
-                               "none of space, + and -")
+        raise InvalidArguments(f"Invalid patch: in hunk {hunk.number} the line {_shown_line(row)} "
+                               "begins with none of space, + and -")
 
 
 def _refuse_counts(hunk: _Hunk, body: list[bytes], old_count: int, new_count: int) -> NoReturn:
     if any(row.startswith(b"--- ") and then.startswith(b"+++ ") for row, then in zip(body, body[1:])):
         raise InvalidArguments("Invalid patch: more than one file; send one call for each")
     raise InvalidArguments(
-        f"Invalid patch: hunk {hunk.number} ({hunk.header}) promises {old_count} old and {new_count} new lines, "
-        f"its body has {len(hunk.old)} and {len(hunk.new)}; is it cut off?")
+        f"Invalid patch: hunk {hunk.number} ({hunk.header}) promises {old_count} old and {new_count} new "
+        f"lines, its body has {len(hunk.old)} and {len(hunk.new)}; is it cut off?")
 
 
 # -- placing ------------------------------------------------------------------
@@ -7846,20 +7970,21 @@ def _find_place(hunk: _Hunk, target: _Target, done: int, wanted: int) -> int:
     size = len(hunk.old)
     if not size:
         if target.lines:
-            raise _miss(hunk, target, wanted, "it has neither a context nor a removed line, so its place is unknown")
+            raise _miss(hunk, target, wanted, "it has neither a context nor a removed line, "
+                                              "so its place is unknown")
         return 0
     if wanted >= done and target.lines[wanted:wanted + size] == hunk.old:
         return wanted
     places = _every_place(hunk, target)
     later = sorted((abs(at - wanted), at) for at in places if at >= done)
     if len(later) > 1 and later[0][0] == later[1][0]:
-        lines = f"{later[0][1] + 1} and {later[1][1] + 1}"
-        raise _miss(hunk, target, later[0][1], f"it is ambiguous, lines {lines} are equally near: give more context")
+        raise _miss(hunk, target, later[0][1], f"it is ambiguous, lines {later[0][1] + 1} and "
+                                               f"{later[1][1] + 1} are equally near: give more context")
     if later:
         return later[0][1]
     if places:
-        raise _miss(hunk, target, places[-1], f"it fits at line {places[-1] + 1} only, before the end of the hunk "
-                                              "in front of it: hunks stand in order and never overlap")
+        raise _miss(hunk, target, places[-1], f"it fits at line {places[-1] + 1} only, before the end of the "
+                                              "hunk in front of it: hunks stand in order and never overlap")
     raise _stale(hunk, target, wanted)
 
 
@@ -7891,8 +8016,9 @@ def _stale(hunk: _Hunk, target: _Target, wanted: int) -> Conflict:
     there += [b""] * (len(hunk.old) - len(there))
     differs = next(index for index, line in enumerate(hunk.old) if line != there[index])
     expected, actual = hunk.old[differs], there[differs]
-    error = _miss(hunk, target, at, f"the nearest place is line {at + 1}, where line {at + differs + 1} should be "
-                                    f"{_shown_line(expected)} but is {_shown_line(actual)}{_line_end_hint(expected, actual)}")
+    error = _miss(hunk, target, at,
+                  f"the nearest place is line {at + 1}, where line {at + differs + 1} should be "
+                  f"{_shown_line(expected)} but is {_shown_line(actual)}{_line_end_hint(expected, actual)}")
     error.data |= {"line": at + differs + 1, "expected": _shown_line(expected), "actual": _shown_line(actual)}
     return error
 
@@ -7926,11 +8052,12 @@ _IS_LINK = (errno.ELOOP, errno.EMLINK)  # how Linux and the BSDs call a link und
 TEMP_PREFIX = ".mcp-tmp-"
 
 _SECRET_NAMES = frozenset(
-    ".netrc _netrc .pgpass .pypirc .npmrc .htpasswd .git-credentials .vault-token credentials credentials.json "
-    "credentials.yaml credentials.yml credentials.toml credentials.csv client_secret.json secrets.json secrets.yaml "
-    "secrets.yml secrets.toml secrets.env id_rsa id_dsa id_ecdsa id_ed25519 id_ecdsa_sk id_ed25519_sk".split())
-_SECRET_BEGINNINGS = (".env", "id_rsa.", "id_dsa.", "id_ecdsa.", "id_ed25519.", "client_secret_", "service-account",
-                      "service_account")
+    ".netrc _netrc .pgpass .pypirc .npmrc .htpasswd .git-credentials .vault-token credentials "
+    "credentials.json credentials.yaml credentials.yml credentials.toml credentials.csv client_secret.json "
+    "secrets.json secrets.yaml secrets.yml secrets.toml secrets.env "
+    "id_rsa id_dsa id_ecdsa id_ed25519 id_ecdsa_sk id_ed25519_sk".split())
+_SECRET_BEGINNINGS = ("id_rsa.", "id_dsa.", "id_ecdsa.", "id_ed25519.", "client_secret_",
+                      "service-account", "service_account")
 _SECRET_ENDINGS = (".pem", ".key", ".p12", ".pfx", ".jks", ".keystore", ".kdbx", ".ppk", ".p8")
 _SECRET_FOLDERS = frozenset((".ssh", ".gnupg", ".aws", ".azure", ".kube"))
 _CODE_ENDINGS = (".py", ".js", ".ts", ".go", ".rs", ".java", ".rb", ".sh", ".md", ".pub")
@@ -7951,7 +8078,8 @@ def _plain_parts(rel: str) -> list[str]:
     """The parts as a lenient file system would take them: no letter case, no invisible characters
     (HFS+), no `:stream`, no trailing dots and blanks (NTFS). For comparing only."""
     if not rel.isascii():
-        rel = "".join(char for char in unicodedata.normalize("NFC", rel) if unicodedata.category(char) != "Cf")
+        rel = unicodedata.normalize("NFC", rel)
+        rel = "".join(char for char in rel if unicodedata.category(char) != "Cf")
     return [(part.partition(":")[0] or part).rstrip(" .") for part in rel.casefold().split("/")]
 
 
@@ -7971,8 +8099,10 @@ class Root:
         try:
             self._descriptor = os.open(self.path, _FOLDER_FLAGS & ~os.O_NOFOLLOW)
         except OSError as error:
-            raise ConfigError(f"LUKHAS_REPO_ROOT is {path!r}: {error.strerror}; it must be a folder") from None
-        self._beginnings = tuple(dict.fromkeys(one.rstrip("/") + "/" for one in (self.path, os.path.realpath(path))))
+            reason = error.strerror
+            raise ConfigError(f"LUKHAS_REPO_ROOT is {path!r}: {reason}; it must be a folder") from None
+        names = (self.path, os.path.realpath(path))
+        self._beginnings = tuple(dict.fromkeys(name.rstrip("/") + "/" for name in names))
         self._own = self._places(own_files)
         self._closed = self._places(closed_files)
         try:
@@ -8004,7 +8134,7 @@ class Root:
             parts.pop()
         _check_parts(parts, path)
         if not parts and not is_folder:
-            raise InvalidArguments("The path names the repository itself; name a file in it, like docs/guide.md")
+            raise InvalidArguments("The path names the repository itself; name a file, like docs/guide.md")
         rel = "/".join(parts)
         if parts and (self.is_secret(rel) or _lies_at(rel, self._closed)):
             raise PathRefused(f"Secret files are closed to tools: {_shown_path(path)} "
@@ -8021,7 +8151,7 @@ class Root:
             raise PathRefused(f"Protected path, no tool may write it: {_shown_path(path)} "
                               "(LUKHAS_MCP_PROTECTED_PATHS; change it by hand)")
         if rel.rpartition("/")[2].startswith(TEMP_PREFIX):
-            raise PathRefused(f"Names that begin with {TEMP_PREFIX} are the server's own: {_shown_path(path)}")
+            raise PathRefused(f"Names with {TEMP_PREFIX} are the server's own: {_shown_path(path)}")
         return rel
 
     def is_secret(self, rel: str) -> bool:
@@ -8072,8 +8202,10 @@ class Root:
     def _places(self, paths: Collection[str]) -> frozenset[str]:
         found = set()
         for path in filter(None, paths):
-            for one in (os.path.abspath(os.path.join(self.path, path)), os.path.realpath(os.path.join(self.path, path))):
-                found |= {"/".join(_plain_parts(one[len(root):])) for root in self._beginnings if one.startswith(root)}
+            whole = os.path.abspath(os.path.join(self.path, path))
+            for name in (whole, os.path.realpath(whole)):
+                found |= {"/".join(_plain_parts(name[len(one):])) for one in self._beginnings
+                          if name.startswith(one)}
         return frozenset(found)
 
 
@@ -8090,8 +8222,6 @@ def _check_path_text(path: str) -> None:
         raise PathRefused(f"Control characters are not allowed in a path: {shown}")
     if "\\" in path:
         raise PathRefused(f"Backslash is not allowed in a path, use /: {shown}")
-    if path.startswith("~"):
-        raise PathRefused(f"Home folders are not known here, name a path within the repository: {shown}")
     try:
         size = len(path.encode("utf-8"))
     except UnicodeEncodeError:
@@ -8104,6 +8234,8 @@ def _check_parts(parts: list[str], path: str) -> None:
     shown = _shown_path(path)
     if ".." in parts:
         raise PathRefused(f"Path traversal not allowed: {shown}")
+    if parts and parts[0].startswith("~"):
+        raise PathRefused(f"Home folders are not known here, name a path within the repository: {shown}")
     if "" in parts:
         raise PathRefused(f"Path has an empty part: {shown}")
     if len(parts) > _MAX_PARTS or any(len(part.encode()) > _MAX_PART_BYTES for part in parts):
@@ -8119,7 +8251,8 @@ def _is_git(part: str) -> bool:
 def _lies_at(rel: str, places: Collection[str]) -> bool:
     """Whether a path is one of the places, or lies beside it under its name, or below it."""
     plain = "/".join(_plain_parts(rel))
-    return any(plain == place or plain.startswith((place + "-", place + ".", place + "/")) for place in places)
+    return any(plain == place or plain.startswith((place + "-", place + ".", place + "/"))
+               for place in places)
 
 
 def _step_into(folder: int, part: str, rel: str, *, create: bool) -> int:
@@ -8140,6 +8273,16 @@ def _step_into(folder: int, part: str, rel: str, *, create: bool) -> int:
 
 def _is_link(folder: int, name: str) -> bool:
     return stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+
+
+@contextlib.contextmanager
+def open_subfolder(folder: int, name: str) -> Iterator[int]:
+    """The descriptor of a folder in a folder; OSError for anything else, a link too."""
+    descriptor = os.open(name, _FOLDER_FLAGS, dir_fd=folder)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def open_regular(folder: int, name: str, rel: str) -> tuple[int, os.stat_result]:
@@ -8182,8 +8325,8 @@ _OS_ERRORS = {
     errno.ENAMETOOLONG: (InvalidArguments, "The name is too long for the file system: {rel}"),
     errno.ELOOP: (PathRefused, "Symbolic links are not followed: {rel}"),
     errno.EXDEV: (Conflict, "It would move between two file systems: {rel}"),
-    errno.EACCES: (Unavailable, "The server's user has no permission for it: {rel}; the operator must grant it"),
-    errno.EPERM: (Unavailable, "The server's user has no permission for it: {rel}; the operator must grant it"),
+    errno.EACCES: (Unavailable, "The server's user has no permission for it: {rel}; it must be granted"),
+    errno.EPERM: (Unavailable, "The server's user has no permission for it: {rel}; it must be granted"),
     errno.EROFS: (Unavailable, "The repository is on a read-only file system, nothing was changed: {rel}"),
     errno.ENOSPC: (Unavailable, "No space is left on the repository's disk, nothing was changed: {rel}"),
     errno.EDQUOT: (Unavailable, "The disk quota is used up, nothing was changed: {rel}"),
@@ -8195,7 +8338,7 @@ _OS_ERRORS = {
 
 def explain_os_error(error: OSError, rel: str, kind: str = "File") -> ToolError:
     """The error of the house for one of the system; names the relative path only."""
-    family, text = _OS_ERRORS.get(error.errno or 0, (Unavailable, "The file system refused ({reason}): {rel}"))
+    family, text = _OS_ERRORS.get(error.errno or 0, (Unavailable, "The system refused ({reason}): {rel}"))
     return family(text.format(kind=kind, rel=rel or ".", reason=error.strerror), detail=repr(error))
 
 
@@ -8218,7 +8361,8 @@ def file_errors(rel: str, kind: str = "File") -> Iterator[None]:
 
 PATH_ID_PREFIX = "lukhas-path:"
 _ENCODINGS = {"utf8": "utf-8", "utf-8": "utf-8", "utf16le": "utf-16-le", "utf-16le": "utf-16-le",
-              "ucs2": "utf-16-le", "ucs-2": "utf-16-le", "latin1": "latin-1", "binary": "latin-1", "ascii": "ascii"}
+               "ucs2": "utf-16-le", "ucs-2": "utf-16-le", "latin1": "latin-1", "binary": "latin-1",
+               "ascii": "ascii"}
 _ENCODING_NAMES = "utf8, utf16le, latin1, ascii, base64, base64url, hex"
 _BASE64 = re.compile(r"[A-Za-z0-9_-]*={0,2}")
 _FRAGMENT = re.compile(r"L([1-9][0-9]{0,8})(?:-L?([1-9][0-9]{0,8}))?")
@@ -8227,8 +8371,9 @@ _MIME_TYPES = {".md": "text/markdown", ".markdown": "text/markdown", ".json": "a
                ".js": "text/javascript", ".mjs": "text/javascript", ".xml": "application/xml",
                ".svg": "image/svg+xml", ".yaml": "application/yaml", ".yml": "application/yaml"}
 _BINARY_KINDS = ((b"\x89PNG", "a PNG image"), (b"\xff\xd8\xff", "a JPEG image"), (b"GIF8", "a GIF image"),
-                 (b"RIFF", "an image, sound or film"), (b"%PDF-", "a PDF document"), (b"PK\x03\x04", "a zip archive"),
-                 (b"\x1f\x8b", "gzip data"), (b"\x7fELF", "a program"), (b"SQLite format 3\0", "an SQLite database"))
+                 (b"RIFF", "an image, sound or film"), (b"%PDF-", "a PDF document"),
+                 (b"PK\x03\x04", "a zip archive"), (b"\x1f\x8b", "gzip data"), (b"\x7fELF", "a program"),
+                 (b"SQLite format 3\0", "an SQLite database"))
 
 
 def encode_contents(text: str, encoding: str) -> bytes:
@@ -8245,8 +8390,8 @@ def encode_contents(text: str, encoding: str) -> bytes:
         if name in ("base64", "base64url"):
             return _from_base64("".join(text.split()))
     except UnicodeEncodeError as error:
-        raise InvalidArguments(f"The character {text[error.start]!r} at {error.start} has no place in {encoding}; "
-                               "use utf8") from None
+        raise InvalidArguments(f"The character {text[error.start]!r} at {error.start} has no place in "
+                               f"{encoding}; use utf8") from None
     except ValueError:
         raise InvalidArguments(f"The contents are no {name}") from None
     raise InvalidArguments(f"Unknown encoding {str(encoding)[:40]!r}; allowed: {_ENCODING_NAMES}")
@@ -8262,7 +8407,7 @@ def _from_base64(text: str) -> bytes:
 
 
 def apply_template(name: str | None, rel: str, contents: str) -> str:
-    """The contents of a new file under the header of a template: `python`, `markdown`; others change nothing."""
+    """The contents under the header of a template: `python` or `markdown`; others change nothing."""
     stem = rel.rpartition("/")[2].rpartition(".")[0] or rel.rpartition("/")[2]
     title = " ".join(re.sub(r"[-_\"]+", " ", stem).split())
     title = title[:1].upper() + title[1:]
@@ -8284,8 +8429,8 @@ def decode_path_id(path_id: str) -> tuple[str, tuple[int, int | None] | None]:
     The path is still a caller's text. Raises NotFound for an id of another kind, InvalidArguments.
     """
     if not path_id.startswith(PATH_ID_PREFIX):
-        raise NotFound(f"Unknown id: {path_id[:200]!r}; take an id from search, or {PATH_ID_PREFIX} and the base64url "
-                       "of a path")
+        raise NotFound(f"Unknown id: {path_id[:200]!r}; take an id from search, or {PATH_ID_PREFIX} "
+                       "and the base64url of a path")
     text, has_fragment, fragment = path_id.removeprefix(PATH_ID_PREFIX).partition("#")
     lines = _FRAGMENT.fullmatch(fragment)
     if has_fragment and not lines:
@@ -8310,21 +8455,24 @@ def text_document(rel: str, content: bytes, sha256: str, lines: tuple[int | None
     total = content.count(b"\n") + (not content.endswith(b"\n") and bool(content))
     first, last = max(lines[0] or 1, 1), min(lines[1] or total, total)
     if first > max(total, 1) or (lines[1] or first) < first:
-        raise InvalidArguments(f"Lines {first} to {lines[1] or 'the end'} are not there: {rel} has {total} lines")
+        raise InvalidArguments(f"Lines {first} to {lines[1] or 'the end'} are not there: "
+                               f"{rel} has {total} lines")
     begin = _line_start(content, first - 1, 0)
     wanted = _line_start(content, last - first + 1, begin, begin + max_bytes + 1)
     end, last_shown = wanted, last
     if wanted - begin > max_bytes:
-        end = content.rfind(b"\n", begin, begin + max_bytes) + 1 or _whole_characters(content, begin + max_bytes)
+        end = begin + max_bytes
+        end = content.rfind(b"\n", begin, end) + 1 or _whole_characters(content, end)
         last_shown = first - 1 + content.count(b"\n", begin, end)
     is_cut = end < wanted
-    metadata = {"sha256": sha256, "size": size, "path": rel, "encoding": encoding, "lines": total, "startLine": first,
-                "endLine": max(last_shown, first) if total else 0, "truncated": is_cut}
+    metadata = {"sha256": sha256, "size": size, "path": rel, "encoding": encoding, "lines": total,
+                "startLine": first, "endLine": max(last_shown, first) if total else 0, "truncated": is_cut}
     if is_cut:
         metadata["next"] = f"{encode_path_id(rel)}#L{last_shown + 1}-L{last}" if last_shown >= first else None
     title = rel.rpartition("/")[2]
     suffix = "." + title.rpartition(".")[2].lower() if "." in title else ""
-    return {"id": encode_path_id(rel), "title": title, "mimeType": _MIME_TYPES.get(suffix, "text/plain"),
+    mime_type = _MIME_TYPES.get(suffix, "text/plain")
+    return {"id": encode_path_id(rel), "title": title, "mimeType": mime_type,
             "text": content[begin:end].decode("utf-8", "replace"), "metadata": metadata}
 
 
@@ -8375,8 +8523,8 @@ _MAX_ENTRIES = 20_000
 _LISTING_S = 2.0
 _SWEEP_S = 60.0
 _LOCKS = 64  # paths share locks by their hash, so there is nothing to clean up
-_SKIPPED_FOLDERS = frozenset("node_modules __pycache__ .venv venv .tox .nox .mypy_cache .pytest_cache .ruff_cache "
-                             ".hypothesis .gradle .terraform".split())
+_SKIPPED_FOLDERS = frozenset("node_modules __pycache__ .venv venv .tox .nox .mypy_cache .pytest_cache "
+                             ".ruff_cache .hypothesis .gradle .terraform".split())
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -8489,7 +8637,7 @@ class Repository:
         return items, budget.is_spent
 
     def find_files(self, glob: str, limit: int = 100) -> tuple[list[dict[str, str]], bool]:
-        """Files of the whole repository that a glob matches, sorted, as {path}; and whether that is not all."""
+        """Files of the repository that a glob matches, sorted, as {path}; and whether that is not all."""
         pattern = compile_glob(glob)
         items: list[dict[str, str]] = []
         with file_errors("", "Folder"), self.root.open_folder("") as folder:
@@ -8511,7 +8659,7 @@ class Repository:
         if current is None and mode == "overwrite":
             raise NotFound(f"File does not exist: {rel}")
         if current is not None and mode == "create":
-            raise Conflict(f"File already exists: {rel}", data={"sha256": current.sha256})
+            raise Conflict(f"File already exists: {rel}; to replace it give overwrite=true to write_file, or its sha256 to update_file", data={"sha256": current.sha256})
         _check_expected(rel, current, expect_sha256)
         return _replacement("create" if current is None else "overwrite", rel, current, contents)
 
@@ -8541,7 +8689,8 @@ class Repository:
             result = apply_patch(before, patch, rel, allow_create=allow_create)
         except Conflict as error:
             now = current.sha256 if current else None
-            raise Conflict(f"{error.message} (current sha256: {now})", data=error.data | {"sha256": now}) from None
+            details = error.data | {"sha256": now}
+            raise Conflict(f"{error.message} (current sha256: {now})", data=details) from None
         return _replacement("create" if current is None else "overwrite", rel, current, result.new), result
 
     def prepare_rename(self, source: str, target: str, *, overwrite: bool = False) -> Change:
@@ -8553,11 +8702,13 @@ class Repository:
         if rel == new_rel:
             raise InvalidArguments(f"from and to are the same file: {rel}")
         if replaced is not None and not overwrite:
-            raise Conflict(f"Target file exists and overwrite=false: {new_rel}", data={"sha256": replaced.sha256})
-        if replaced is not None:
-            _check_mode_bits(new_rel, replaced)
-        return Change("rename", rel, current.sha256, current.sha256, current.status.st_size, target=new_rel,
-                      target_sha256=replaced.sha256 if replaced else None, before=replaced and replaced.contents)
+            raise Conflict(f"Target file exists and overwrite=false: {new_rel}",
+                           data={"sha256": replaced.sha256})
+        change = Change("rename", rel, current.sha256, current.sha256, current.status.st_size, target=new_rel)
+        if replaced is None:
+            return change
+        _check_mode_bits(new_rel, replaced)
+        return dataclasses.replace(change, target_sha256=replaced.sha256, before=replaced.contents)
 
     def prepare_delete(self, path: str, expect_sha256: str | None) -> Change:
         """A file gone. Raises NotFound, Conflict."""
@@ -8567,7 +8718,7 @@ class Repository:
         return Change("delete", rel, current.sha256, None, 0, before=current.contents)
 
     def commit(self, change: Change) -> Written:
-        """Make a prepared change, if the file still is what it was then; else Conflict, and nothing is changed."""
+        """Make a prepared change if the file is still what it was then; else Conflict, and nothing changes."""
         deed = {"rename": self._rename, "delete": self._delete}.get(change.kind, self._put)
         with contextlib.ExitStack() as stack:
             paths = [change.rel, change.target] if change.target else [change.rel]
@@ -8621,8 +8772,8 @@ class Repository:
         for name, kind in self._sorted_entries(folder, prefix, budget):
             if kind:
                 yield kind, prefix + name
-            elif prefix.count("/") < 64 and name.rstrip("/") not in _SKIPPED_FOLDERS:
-                with contextlib.suppress(OSError), _subfolder(folder, name.rstrip("/")) as inner:
+            elif prefix.count("/") < 64 and name[:-1] not in _SKIPPED_FOLDERS:
+                with contextlib.suppress(OSError), open_subfolder(folder, name[:-1]) as inner:
                     yield from self._walk(inner, prefix + name, budget)
 
     def _sorted_entries(self, folder: int, prefix: str, budget: _Budget) -> list[tuple[str, str]]:
@@ -8654,11 +8805,12 @@ class Repository:
     def _rename(self, change: Change) -> Written:
         with self.root.open_parent(change.rel) as (folder, name):
             current = _expect(folder, name, change.rel, change.old_sha256)
-            with file_errors(change.target), self.root.open_parent(change.target, create=True) as (new_folder, new_name):
+            with file_errors(change.target), self.root.open_parent(change.target, create=True) as there:
+                new_folder, new_name = there
                 replaced = _expect(new_folder, new_name, change.target, change.target_sha256)
                 if replaced is None:
                     _take_name(folder, name, new_name, new_folder)
-                    with contextlib.suppress(FileNotFoundError):  # where there are no links it has moved already
+                    with contextlib.suppress(FileNotFoundError):  # without links it has moved already
                         os.unlink(name, dir_fd=folder)
                 elif os.path.samestat(current.status, replaced.status):
                     os.unlink(name, dir_fd=folder)  # two names of one file: rename would do nothing
@@ -8712,9 +8864,13 @@ def _check_expected(rel: str, current: _Current | None, expect_sha256: str | Non
         return
     now = _present(rel, current).sha256
     if not expect_sha256:
-        raise Conflict(f"File already exists: {rel}, its sha256 is {now}", data={"sha256": now})
+        raise _exists(rel, now)
     if expect_sha256.lower() != now:
         raise _moved_on(rel, expect_sha256, now)
+
+
+def _exists(rel: str, now: str) -> Conflict:
+    return Conflict(f"File already exists: {rel}, its sha256 is {now}", data={"sha256": now})
 
 
 def _moved_on(rel: str, expected: str, now: str) -> Conflict:
@@ -8733,8 +8889,8 @@ def _replacement(kind: str, rel: str, current: _Current | None, contents: bytes)
         raise InvalidArguments(f"{rel} would have {len(contents)} bytes; tools write up to {_MAX_FILE_BYTES}")
     if current is not None:
         _check_mode_bits(rel, current)
-    return Change(kind, rel, current.sha256 if current else None, hashlib.sha256(contents).hexdigest(), len(contents),
-                  contents=contents, before=current.contents if current else None)
+    return Change(kind, rel, current.sha256 if current else None, hashlib.sha256(contents).hexdigest(),
+                  len(contents), contents=contents, before=current.contents if current else None)
 
 
 def _expect(folder: int, name: str, rel: str, sha256: str | None) -> _Current | None:
@@ -8745,7 +8901,7 @@ def _expect(folder: int, name: str, rel: str, sha256: str | None) -> _Current | 
     if current is None:
         raise Conflict(f"File does not exist any more: {rel}", data={"sha256": None})
     if sha256 is None:
-        raise Conflict(f"File already exists: {rel}, its sha256 is {current.sha256}", data={"sha256": current.sha256})
+        raise _exists(rel, current.sha256)
     raise _moved_on(rel, sha256, current.sha256)
 
 
@@ -8760,7 +8916,8 @@ def _check_untouched(folder: int, name: str, rel: str, current: _Current) -> Non
 
 
 @contextlib.contextmanager
-def _temporary_file(folder: int, contents: bytes, like: _Current | None) -> Iterator[tuple[str, os.stat_result]]:
+def _temporary_file(folder: int, contents: bytes,
+                    like: _Current | None) -> Iterator[tuple[str, os.stat_result]]:
     """A file with these contents, on the disk, under a name that is gone afterwards.
 
     It is locked while its owner lives, so that `sweep` tells it from what a killed process left.
@@ -8769,7 +8926,7 @@ def _temporary_file(folder: int, contents: bytes, like: _Current | None) -> Iter
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(name, flags, 0o666 if like is None else 0o600, dir_fd=folder)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks: a sweep at the wrong moment fails the write
+        with contextlib.suppress(OSError):  # without locks a sweep at the wrong moment fails the write
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         _write_all(descriptor, contents)
         if like is not None:
@@ -8813,17 +8970,8 @@ def _take_name(folder: int, name: str, new_name: str, new_folder: int | None = N
 def _written(rel: str, change: Change, status: os.stat_result, current: _Current | None) -> Written:
     oldest = current.status if current else status
     born_s = getattr(oldest, "st_birthtime", min(oldest.st_mtime, oldest.st_ctime))
-    return Written(rel, change.size, change.new_sha256, change.old_sha256, utc_text(born_s), utc_text(status.st_mtime),
-                   current is None)
-
-
-@contextlib.contextmanager
-def _subfolder(folder: int, name: str) -> Iterator[int]:
-    descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    return Written(rel, change.size, change.new_sha256, change.old_sha256, utc_text(born_s),
+                   utc_text(status.st_mtime), current is None)
 
 
 def _sweep_folder(folder: int, budget: _Budget, depth: int = 0) -> int:
@@ -8835,7 +8983,7 @@ def _sweep_folder(folder: int, budget: _Budget, depth: int = 0) -> int:
             if not is_folder and name.startswith(TEMP_PREFIX):
                 removed += _remove_abandoned(folder, name)
             elif is_folder and name != ".git" and depth < 64 and not budget.is_spent:
-                with _subfolder(folder, name) as inner:
+                with open_subfolder(folder, name) as inner:
                     removed += _sweep_folder(inner, budget, depth + 1)
     return removed
 
@@ -9347,9 +9495,12 @@ async def tool_update_file(services: Services, call: Call) -> dict[str, Any]:
       output=WRITTEN, examples=({"path": "notes/b.txt", "contents": "delta\n"},))
 async def tool_append_file(services: Services, call: Call) -> dict[str, Any]:
     """Put text behind what a file holds."""
-    contents = encode_contents(call.get("contents"), call.get("encoding"))
+    encoding = call.get("encoding")
+    contents = encode_contents(call.get("contents"), encoding)
+    is_text = encoding.lower() not in ("base64", "base64url", "hex")
     change = await in_thread(services.repository.prepare_append, call.get("path"), contents,
-                             ensure_newline=call.get("ensureNewline"), expect_sha256=call.get("expectSha256"))
+                             ensure_newline=call.get("ensureNewline"),
+                             newline=encode_contents("\n", encoding) if is_text else b"\n", expect_sha256=call.get("expectSha256"))
     written = await change_file(services, call, change)
     return {"path": written.rel, "sha256": written.sha256, "size": written.size, "appended": len(contents)}
 
@@ -9544,7 +9695,7 @@ async def tool_why_math(services: Services, call: Call) -> dict[str, Any]:
         return services.canaries.explain(entity_id)
     rows = services.store.load_audits(entity_id)
     job = services.store.find_job(entity_id)
-    span_s = parse_utc(rows[-1].ts) - parse_utc(rows[0].ts) if rows else None
+    span_s = audit_time_s(rows[-1].ts) - audit_time_s(rows[0].ts) if rows else None
     return {"id": entity_id, "decision": str(job.status) if job else "unknown",
             "thresholds": {"latency_p95_ms": None, "max_error_rate": None, "max_drift": None},
             "observed": {"latency_p95_ms": None, "error_rate": None, "drift": None,
@@ -9665,6 +9816,37 @@ async def tool_abort_canary(services: Services, call: Call) -> dict[str, Any]:
     canary = await services.canaries.abort(call.get("canaryId"), call.actor, call.get("reason"))
     answer = {"canaryId": canary.canary_id, "status": str(canary.status)}
     return answer | ({"alreadyFinal": True} if before and before.status.is_final else {})
+
+
+SWITCHED = shape(("canaryId", "status"), canaryId=string(), status=string(), reason=anything("", "string", "null"),
+                 warnings=array(string()))
+SWITCH = shape(("canaryId",), canaryId=_id_of("the canary"), reason=string("Why.", max_length=1000))
+
+
+def to_switched(canary: Canary) -> dict[str, Any]:
+    """What pause, resume and approve answer."""
+    return {"canaryId": canary.canary_id, "status": str(canary.status), "reason": canary.reason}
+
+
+@tool("pause_canary", title="Pause a canary", hints=STOPS, role="operator", level="changes", arguments=SWITCH,
+      output=SWITCHED, examples=({"canaryId": "canary_00000000", "reason": "looking into it"},))
+async def tool_pause_canary(services: Services, call: Call) -> dict[str, Any]:
+    """Hold a promotion back until resume_canary; samples go on and may still roll it back."""
+    return to_switched(await services.canaries.pause(call.get("canaryId"), call.actor, call.get("reason")))
+
+
+@tool("resume_canary", title="Resume a canary", hints=WRITES, role="operator", level="changes", arguments=SWITCH,
+      output=SWITCHED, examples=({"canaryId": "canary_00000000"},))
+async def tool_resume_canary(services: Services, call: Call) -> dict[str, Any]:
+    """Let a canary that somebody paused decide again."""
+    return to_switched(await services.canaries.resume(call.get("canaryId"), call.actor, call.get("reason")))
+
+
+@tool("approve_canary", title="Approve a canary", hints=WRITES, role="operator", level="changes", arguments=SWITCH,
+      output=SWITCHED, examples=({"canaryId": "canary_00000000", "reason": "reviewed"},))
+async def tool_approve_canary(services: Services, call: Call) -> dict[str, Any]:
+    """Promote a canary whose window is over and that waits for a person's yes."""
+    return to_switched(await services.canaries.approve(call.get("canaryId"), call.actor, call.get("reason")))
 
 
 @tool("list_canaries", title="List canaries",
@@ -10043,7 +10225,8 @@ def _check_key(services: Services, request: Request, found: Route) -> None:
 
 def _may_be_stop(request: Request) -> bool:
     """Whether a request over the limit is read all the same: it may be one that stops something."""
-    return request.route.path == "/mcp" and request.method == "POST" and (request.content_length or 0) <= 65536
+    length = request.content_length
+    return request.route.path == "/mcp" and request.method == "POST" and length is not None and length <= 65536
 
 
 def _check_stop(services: Services, request: Request) -> None:
@@ -10079,7 +10262,8 @@ def refuse(services: Services, request: Request | None, error: LukhasError) -> R
         headers.append(("WWW-Authenticate", 'Bearer realm="mcp"'))
     if isinstance(error, RateLimited):
         headers.append(("Retry-After", str(max(1, math.ceil(error.retry_after_s)))))
-    if found is not None and found.is_plain and isinstance(error, (Unauthorized, RateLimited)):
+    is_stream = found is not None and found.is_plain
+    if is_stream and (isinstance(error, Unauthorized) or isinstance(error, RateLimited) and found.path != "/mcp"):
         text = b"unauthorized" if isinstance(error, Unauthorized) else b"rate-limit"
         return Response(error.status, headers, text, "text/plain; charset=utf-8")
     if found is not None and found.path == "/mcp" and isinstance(error, AccessError):
@@ -10463,7 +10647,7 @@ class Connection(asyncio.Protocol):
                 self._transport.close()
             return
         self._parser.feed(data)
-        if self._parser.buffered > _HIGH_WATER and self.is_busy and not self._is_held:
+        if self._parser.buffered > _HIGH_WATER and self._news is None and not self._is_held:
             self._is_held = True
             self._transport.pause_reading()
         self._notify()
@@ -10516,13 +10700,14 @@ class Connection(asyncio.Protocol):
         """Wait for bytes; False when none will come, or none came in time."""
         if self._is_ended:
             return False
-        if self._is_held and self._parser.buffered <= _HIGH_WATER:
+        if self._is_held:
             self._is_held = False
             self._transport.resume_reading()
         self._is_expired = False
         self.deadline_s = min(self.deadline_s, self._clock.monotonic_s() + limit_s)
         self._news = asyncio.get_running_loop().create_future()
         await self._news
+        self._news = None
         return not self._is_expired and not self._is_lost
 
     async def _serve(self) -> None:
@@ -10580,14 +10765,13 @@ class Connection(asyncio.Protocol):
             if request.has_body:
                 await self._read_body(request)
             response = await handle(services, request)
-        except HttpError as error:
-            response = refuse(services, request, error)
-            if not request.body and request.has_body and not self._discard(request):
-                response.close = True
         except LukhasError as error:
             response = refuse(services, request, error)
             if not request.body and request.has_body and not self._discard(request):
                 response.close = True
+        except ConnectionError:  # it left in the middle of its body
+            self._log(request, 499, started_s)
+            return False
         # house: allow broad -- a handler's fault is a 500, logged, and ends this connection only
         except Exception:
             log.exception("internal error at %s %s", request.method, request.path)
@@ -10596,10 +10780,12 @@ class Connection(asyncio.Protocol):
         return await self._send(request, response, started_s)
 
     async def _read_body(self, request: Request) -> None:
-        if request.expects_continue and self._parser.buffered == 0:
-            self._transport.write(CONTINUE)
         begun_s = self._clock.monotonic_s()
+        is_asked = not request.expects_continue
         while (body := self._parser.read_body()) is None:
+            if not is_asked:
+                is_asked = True
+                self._transport.write(CONTINUE)
             taken_s = self._clock.monotonic_s() - begun_s
             if taken_s > _BODY_WHOLE_S and self._parser.buffered < taken_s * _SLOW_BYTES_PER_S:
                 raise HttpError(408, "the body comes too slowly")
@@ -10720,6 +10906,7 @@ def build_services(config: Config, clock: Clock) -> Services:
     plan = parse_plan(read_operator_file(config.config, "LUKHAS_MCP_CONFIG"), config.config) if config.config else Plan()
     secret = new_secret()
     keys = KeyRing(parse_keys(config.api_keys, "LUKHAS_MCP_API_KEYS"), system_secret=secret)
+    prepare_state_dir(config)
     broker = Broker()
     store = Store(config.db, clock, sync=config.sync, journal=config.journal, publish=broker.publish)
     observations = ObservationSampler(clock)
@@ -10727,7 +10914,7 @@ def build_services(config: Config, clock: Clock) -> Services:
                 "stub": StubSampler}
     sampler = samplers[config.slo]()
     hosts, origins = known_places(config)
-    repository = Repository(Root(config.repo_root, own_files=own_files(config), protected=config.protected_paths, allow_secrets=config.allow_secrets), clock)
+    repository = Repository(Root(config.repo_root, own_files=own_files(config), closed_files=closed_files(config), protected=config.protected_paths, allow_secrets=config.allow_secrets), clock)
     return Services(
         config=config, plan=plan, clock=clock, store=store, broker=broker, repository=repository,
         observations=observations, canaries=CanaryController(store, clock, config, plan, sampler),
@@ -10743,19 +10930,32 @@ def known_places(config: Config) -> tuple[frozenset[str], frozenset[str]]:
     hosts, origins = set(config.allowed_hosts), set(config.cors_origins)
     if config.public_url:
         scheme, _, rest = config.public_url.partition("://")
-        hosts.add(rest.partition("/")[0])
+        if hosts or not config.api_keys.strip():  # with keys, an empty list means any host
+            hosts.add(rest.partition("/")[0])
         origins.add(f"{scheme}://{rest.partition('/')[0]}")
     return frozenset(hosts), frozenset(origins)
 
 
-def own_files(config: Config) -> frozenset[str]:
-    """The server's own files below the root, which no tool may write, as relative paths."""
-    database = [config.db + ending for ending in ("", "-wal", "-shm", "-journal", ".lock")]
+def prepare_state_dir(config: Config) -> None:
+    """Make the folder of artifacts; without it the server still serves, and an eval says why it can't run."""
+    try:
+        os.makedirs(config.state_dir, mode=0o700, exist_ok=True)
+    except OSError as error:
+        log.warning("%s can't be made (%s): evals will fail; set LUKHAS_MCP_STATE_DIR", config.state_dir,
+                    error.strerror)
+
+
+def own_files(config: Config) -> list[str]:
+    """The server's own files, which no tool may write; a database's journals lie under its name."""
     here = os.path.abspath(__file__)
-    paths = [*database, config.state_path, config.config, config.api_keys_file, config.prom_bearer_file, here,
-             os.path.join(os.path.dirname(here), "cockpit.html"), os.path.join(config.repo_root, "lukhas.toml")]
-    relative = (os.path.relpath(path, config.repo_root) for path in paths if path)
-    return frozenset(path for path in relative if not path.startswith(".."))
+    paths = (config.db, config.state_path, config.config, config.state_dir, here,
+             os.path.join(os.path.dirname(here), "cockpit.html"), os.path.join(config.repo_root, "lukhas.toml"))
+    return [path for path in paths if path]
+
+
+def closed_files(config: Config) -> list[str]:
+    """Files of secrets that the operator named, which no tool may even read."""
+    return [path for path in (config.api_keys_file, config.prom_bearer_file, config.tls_key) if path]
 
 
 def load_page() -> CockpitPage | None:

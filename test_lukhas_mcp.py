@@ -32,33 +32,38 @@ Contents:
    3. Errors       what each error says on each wire
    4. Vocabulary   values of the field and their names on the wire
    5. Config       every setting by every way, malformed values, what is never shown
-   6. Grammar      what RFC 9112 lets a request say, as patterns and small parsers
-   7. Http         bytes to requests, responses to bytes
-   8. Access       who calls, from where, and may they now
-   9. Policy       which arguments make which policy, and what is refused in which words
-  10. Statistics   tails against exact sums, the sequential test against its promise
-  11. Judge        verdicts on written samples, and the promises measured on the simulator
-  12. Promql       queries filled in and criticised, answers read
-  13. Prometheus   PromQL asked over HTTP in bounded threads, a Reading answered
-  14. Embedded     samples from observations that clients push; random ones for demonstrations
-  15. Watch        ticks on their grid, samples as they are stored, decisions as they are told
-  16. Children     a command ends with everything it started, however the server ends
-  17. Progress     foreign text becomes progress and numbers, or a reason
-  18. Probes       the built-in evals measure what is there, and name what is not
-  19. Attempts     what a command prints, writes and leaves is kept, within limits
-  20. Jobs         evals that run, and end in one final state whatever happens
-  21. Glob         patterns for paths
-  22. Patch        strict unified diffs, on bytes
-  23. Paths        what a caller names, proven to lie below the root
-  24. Contents     bytes of files to texts of the wire, and back
-  25. Repository   reading and writing files below the root
-  26. Cockpit      the page in a real browser against a real server
-  27. Golden       every recorded answer of the original server, as a row: what ours says to the same
-  28. Guide        every command of the deployment guide, run word for word
-  29. Package      what stands around the program: README, Dockerfile, CI, house rules, no packages
-  30. Bench        figures beside a bare peer in the same run: `python3 test_lukhas_mcp.py bench`
-  31. Misuse       bad input and bad days: a clear error each, and nothing lost or half written
-  32. Main         what the command line means
+   6. Plan         lukhas.toml read whole, refused by name
+   7. Schema       values brought into shape, problems named
+   8. Grammar      what RFC 9112 lets a request say, as patterns and small parsers
+   9. Http         bytes to requests, responses to bytes
+  10. Access       who calls, from where, and may they now
+  11. Chain        no row can be altered, removed, inserted or forged unseen
+  12. Tables       the original's database opens, everything else is left alone
+  13. Policy       which arguments make which policy, and what is refused in which words
+  14. Statistics   tails against exact sums, the sequential test against its promise
+  15. Judge        verdicts on written samples, and the promises measured on the simulator
+  16. Promql       queries filled in and criticised, answers read
+  17. Prometheus   PromQL asked over HTTP in bounded threads, a Reading answered
+  18. Embedded     samples from observations that clients push; random ones for demonstrations
+  19. Watch        ticks on their grid, samples as they are stored, decisions as they are told
+  20. Canary       who may start, stop and approve what; and nothing is lost or decided twice
+  21. Children     a command ends with everything it started, however the server ends
+  22. Progress     foreign text becomes progress and numbers, or a reason
+  23. Probes       the built-in evals measure what is there, and name what is not
+  24. Attempts     what a command prints, writes and leaves is kept, within limits
+  25. Jobs         evals that run, and end in one final state whatever happens
+  26. Glob         patterns for paths
+  27. Patch        strict unified diffs, on bytes
+  28. Paths        what a caller names, proven to lie below the root
+  29. Contents     bytes of files to texts of the wire, and back
+  30. Repository   reading and writing files below the root
+  31. Cockpit      the page in a real browser against a real server
+  32. Golden       every recorded answer of the original server, as a row: what ours says to the same
+  33. Guide        every command of the deployment guide, run word for word
+  34. Package      what stands around the program: README, Dockerfile, CI, house rules, no packages
+  35. Bench        figures beside a bare peer in the same run: `python3 test_lukhas_mcp.py bench`
+  36. Misuse       bad input and bad days: a clear error each, and nothing lost or half written
+  37. Main         what the command line means
 """
 
 from __future__ import annotations
@@ -347,9 +352,9 @@ def make_repository(folder: pathlib.Path) -> pathlib.Path:
 
 
 def clean_environ(**settings: Any) -> dict[str, str]:
-    """The environment without any setting of this server, plus the given ones."""
-    environ = {name: value for name, value in os.environ.items() if not OWN_VARIABLES.match(name)}
-    return environ | {name: str(value) for name, value in settings.items() if value is not None}
+    """The environment without any setting of this server, plus the given ones, less those given as None."""
+    environ = {name: value for name, value in os.environ.items() if not OWN_VARIABLES.match(name)} | settings
+    return {name: str(value) for name, value in environ.items() if value is not None}
 
 
 def python_command() -> list[str]:
@@ -1054,7 +1059,7 @@ class TestConfig:
 
     @pytest.mark.parametrize(("text", "words"), [
         ("[settings]\nprot = 1\n", ("prot", "port")), ("[settings]\nport = 'x'\n", ("PORT", "'x'")),
-        ("[settings]\nport = true\n", ("port",)), ("[settings]\nport = 80.5\n", ("PORT", "80.5")),
+        ("[settings]\nport = true\n", ("PORT", "'true'")), ("[settings]\nport = 80.5\n", ("PORT", "80.5")),
         ("[settings]\nprotected_paths = [1]\n", ("protected_paths",)), ("[settings]\nname = {a = 1}\n", ("name",)),
         ("[settings]\nname = [['a']]\n", ("name",)), ("[settings]\nname = ['a']\n", ("name",)),
         ("[settings]\nread_only = 'perhaps'\n", ("READ_ONLY", "'perhaps'")),
@@ -1164,7 +1169,200 @@ class TestConfig:
 
 
 # ==============================================================================
-# 6. Grammar -- what RFC 9112 lets a request say, as patterns and small parsers
+# 6. Plan -- lukhas.toml read whole, refused by name
+# uses: Front
+# ==============================================================================
+
+
+PLAN_TEXT = """
+[settings]
+port = 1
+[tasks.unit]
+command = ["python3", "-m", "pytest", "-q", "--junitxml={out}/junit.xml"]
+timeout_seconds = 900
+progress = "n/N"
+metrics = "junit:{out}/junit.xml"
+ok_codes = [0, 5]
+score = "results.pass_rate"
+threshold = 0.95
+env = { A = "b" }
+[configs.ci]
+env = { CI = "1" }
+args = ["-x"]
+[gates.production]
+max_latency_p95_ms = 500
+max_error_rate = 0.01
+min_window_seconds = 300
+min_requests = 500
+modes = ["guarded"]
+promote = "canary"
+requires = ["eval:unit"]
+queries = { lat = "up", err = "down" }
+[hooks.mesh]
+kind = "webhook"
+url = "https://example.org/hook"
+secret_file = "/run/secret"
+timeout_seconds = 10
+[defaults]
+onStart = "mesh"
+onPromote = "mesh"
+onRollback = "mesh"
+"""
+
+
+class TestPlan:
+    """The operator's file."""
+
+    def test_the_example_of_the_wire_contract(self):
+        plan = lm.parse_plan(PLAN_TEXT)
+        assert plan.tasks["unit"] == lm.Task(
+            "unit", ("python3", "-m", "pytest", "-q", "--junitxml={out}/junit.xml"), 900.0, "n/N", "junit:{out}/junit.xml",
+            (0, 5), "results.pass_rate", 0.95, {"A": "b"})
+        assert plan.configs["ci"] == lm.EvalConfig("ci", {"CI": "1"}, ("-x",))
+        assert plan.gates["production"] == lm.GateLimits(
+            "production", 500.0, 0.01, 300.0, 500, ("guarded",), "canary", ("eval:unit",), {"lat": "up", "err": "down"})
+        assert plan.hooks["mesh"] == lm.Hook("mesh", "webhook", "https://example.org/hook", (), "/run/secret", 10.0)
+        assert plan.defaults == {"onStart": "mesh", "onPromote": "mesh", "onRollback": "mesh"}
+
+    def test_all_of_it_is_optional(self):
+        assert lm.parse_plan("") == lm.Plan()
+        assert lm.parse_plan('[tasks.a]\ncommand = ["true"]') == lm.Plan(tasks={"a": lm.Task("a", ("true",))})
+        assert lm.parse_plan("[gates.a]\n[configs.b]\n").gates["a"] == lm.GateLimits("a")
+
+    @pytest.mark.parametrize(("text", "words"), [
+        ("[task.a]", ("task", "tasks")), ("[tasks.a]\ncommand=['x']\ntimeout=1", ("tasks.a", "timeout", "timeout_seconds")),
+        ("[gates.a]\nmax_eror_rate=0.1", ("gates.a", "max_eror_rate", "max_error_rate")),
+        ("[configs.a]\narg=['x']", ("configs.a", "arg", "args")), ("[hooks.a]\nuri='x'", ("hooks.a", "uri", "url")),
+        ("[defaults]\non_start='x'", ("on_start", "onStart")), ("[tasks.a]", ("tasks.a", "command")),
+        ("[tasks.a]\ncommand=[]", ("tasks.a", "command")), ("[tasks.a]\ncommand='x'", ("tasks.a.command", "list of texts")),
+        ("[tasks.a]\ncommand=['x', 1]", ("tasks.a.command", "list of texts")),
+        ("[tasks.a]\ncommand=['x']\ntimeout_seconds=0", ("tasks.a.timeout_seconds", "0", "over 0")),
+        ("[tasks.a]\ncommand=['x']\ntimeout_seconds=-1", ("timeout_seconds", "-1")),
+        ("[tasks.a]\ncommand=['x']\ntimeout_seconds=nan", ("timeout_seconds", "nan")),
+        ("[tasks.a]\ncommand=['x']\ntimeout_seconds=inf", ("timeout_seconds", "inf")),
+        ("[tasks.a]\ncommand=['x']\ntimeout_seconds=true", ("timeout_seconds", "True")),
+        ("[tasks.a]\ncommand=['x']\ntimeout_seconds='9'", ("timeout_seconds", "'9'")),
+        ("[tasks.a]\ncommand=['x']\nok_codes=0", ("ok_codes", "list of whole numbers")),
+        ("[tasks.a]\ncommand=['x']\nok_codes=[true]", ("ok_codes", "list of whole numbers")),
+        ("[tasks.a]\ncommand=['x']\nenv={A=1}", ("tasks.a.env", "table of texts")),
+        ("[gates.a]\nmin_requests=1.5", ("gates.a.min_requests", "1.5")), ("[gates.a]\nmax_error_rate=-0.1", ("-0.1",)),
+        ("[gates.a]\npromote='later'", ("gates.a.promote", "'later'", "direct, canary, approve")),
+        ("[gates.a]\nmodes=['fast']", ("gates.a.modes", "'fast'", "guarded")),
+        ("[hooks.a]\nkind='mail'", ("hooks.a.kind", "'mail'", "webhook, command, notify")),
+        ("[defaults]\nonStart='x'", ("onStart", "'x'")), ("[defaults]\nonStart=['x']", ("onStart",)),
+        ("[defaults]\nonStart={}", ("onStart",)), ("defaults=1", ("defaults", "table")),
+        ("tasks=1", ("tasks",)), ("[tasks]\na=1", ("tasks.a", "table")), ("[tasks.'a b']\ncommand=['x']", ("a b",)),
+        ("[gates.'']", ("gates.''",)), ('[gates."a\\nb"]', ("gates.",)),
+        ("[tasks.a]\nname='b'\ncommand=['x']", ("tasks.a", "name")), ("[a", ("TOML",)), ("a=1\na=2", ("TOML",))])
+    def test_what_is_wrong_is_named(self, text, words):
+        with pytest.raises(lm.ConfigError) as caught:
+            lm.parse_plan(text, "the-file.toml")
+        message = caught.value.message
+        assert message.startswith("the-file.toml") and all(word in message for word in words), message
+        assert "\n" not in message
+
+    @hypothesis.given(st.text("[]{}=.\"'abcdefghijklmnopqrstuvwxyz_0123456789, \n", max_size=60))
+    def test_any_text_is_a_plan_or_one_line(self, text):
+        try:
+            assert isinstance(lm.parse_plan(text), lm.Plan)
+        except lm.ConfigError as error:
+            assert error.message and "\n" not in error.message
+
+
+# ==============================================================================
+# 7. Schema -- values brought into shape, problems named
+# uses: Front
+# ==============================================================================
+
+
+NESTED = lm.shape(("id",), id=lm.string("The id.", is_id=True), limit=lm.integer("", 1, 50, 5), rate=lm.number("", 0, 1),
+                  dry=lm.boolean("", False), words=lm.array(lm.string(max_length=3), "", 2),
+                  mode=lm.string("", choices=("fast", "slow")),
+                  policy=lm.mapping("", targets=lm.mapping("", lat=lm.number("", 1))), free=lm.anything("Anything."),
+                  window=lm.anything("", "number", "null"), text=lm.string(min_length=1, max_length=5))
+ANY_JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3))
+
+
+class TestSchema:
+    """The subset that tools use."""
+
+    @pytest.mark.parametrize(("given", "fitted"), [
+        ({"id": "a"}, {"id": "a", "limit": 5, "dry": False}),
+        ({"id": 7}, {"id": "7", "limit": 5, "dry": False}), ({"id": 7.0}, {"id": "7", "limit": 5, "dry": False}),
+        ({"id": 1.5}, {"id": "1.5", "limit": 5, "dry": False}),
+        ({"id": "a", "limit": 0}, {"id": "a", "limit": 1, "dry": False}),
+        ({"id": "a", "limit": 10 ** 30}, {"id": "a", "limit": 50, "dry": False}),
+        ({"id": "a", "limit": 3.0}, {"id": "a", "limit": 3, "dry": False}),
+        ({"id": "a", "limit": None, "dry": None}, {"id": "a", "limit": 5, "dry": False}),
+        ({"id": "a", "rate": 2}, {"id": "a", "rate": 1, "limit": 5, "dry": False}),
+        ({"id": "a", "rate": -0.5}, {"id": "a", "rate": 0, "limit": 5, "dry": False}),
+        ({"id": "a", "words": ["x", 2]}, {"id": "a", "words": ["x", "2"], "limit": 5, "dry": False}),
+        ({"id": "a", "unknown": [1]}, {"id": "a", "unknown": [1], "limit": 5, "dry": False}),
+        ({"id": "a", "policy": {"targets": {"lat": 0.5, "more": 1}, "x": None}},
+         {"id": "a", "policy": {"targets": {"lat": 1, "more": 1}, "x": None}, "limit": 5, "dry": False}),
+        ({"id": "a", "free": [{"b": None}]}, {"id": "a", "free": [{"b": None}], "limit": 5, "dry": False})])
+    def test_fits(self, given, fitted):
+        before = json.dumps(given)
+        assert lm.validate(given, NESTED) == (fitted, [])
+        assert json.dumps(given) == before, "what the caller gave stays as it was"
+
+    @pytest.mark.parametrize(("given", "words"), [
+        ({}, ["id is required: The id."]), ({"id": None}, ["id is required"]), ({"id": ""}, ["id is ''"]),
+        ({"id": "a b"}, ["id is 'a b'", "at most 128"]), ({"id": True}, ["id is True", "a text"]),
+        ({"id": ["a"]}, ["id is list", "a text"]), ({"id": {}}, ["id is dict"]), ({"id": -1}, ["id is '-1'"]),
+        ({"id": "a", "limit": "5"}, ["limit is '5'", "a whole number"]), ({"id": "a", "limit": 2.5}, ["limit is 2.5"]),
+        ({"id": "a", "limit": True}, ["limit is True"]), ({"id": "a", "dry": 1}, ["dry is 1", "true or false"]),
+        ({"id": "a", "dry": "true"}, ["dry is 'true'"]), ({"id": "a", "rate": "0.5"}, ["rate is '0.5'", "a number"]),
+        ({"id": "a", "words": "x"}, ["words is 'x'", "a list"]), ({"id": "a", "words": ["abcd"]}, ["words[0]", "at most 3"]),
+        ({"id": "a", "words": ["x", None]}, ["words[1]"]), ({"id": "a", "words": ["x"] * 3}, ["3 entries", "at most 2"]),
+        ({"id": "a", "mode": "Fast"}, ["mode is 'Fast'", "fast, slow"]), ({"id": "a", "mode": ["fast"]}, ["mode"]),
+        ({"id": "a", "policy": {"targets": {"lat": "x"}}}, ["policy.targets.lat is 'x'"]),
+        ({"id": "a", "policy": [1]}, ["policy is list", "an object"]), ({"id": "a", "text": ""}, ["text", "at least 1"]),
+        ({"id": "a", "text": "123456"}, ["text has 6 characters", "at most 5"]),
+        ({"id": "x\ny" * 400}, ["id is"]), ([], ["the value is list", "an object"]), ("x", ["the value is 'x'"])])
+    def test_problems(self, given, words):
+        _, problems = lm.validate(given, NESTED)
+        assert len(problems) == 1 and all(word in problems[0] for word in words), problems
+        assert len(problems[0]) < 300 and "\n" not in problems[0]
+
+    def test_every_problem_is_told_at_once(self):
+        _, problems = lm.validate({"limit": "x", "dry": 0, "words": [[], {}]}, NESTED)
+        assert [text.split(" ")[0] for text in problems] == ["id", "limit", "dry", "words[0]", "words[1]"]
+
+    @hypothesis.given(ANY_JSON)
+    def test_it_never_raises(self, value):
+        fitted, problems = lm.validate(value, NESTED)
+        assert isinstance(problems, list) and all(isinstance(text, str) for text in problems)
+        if not problems:
+            assert lm.validate(fitted, NESTED) == (fitted, []), "what fits once, fits again unchanged"
+
+    @pytest.mark.parametrize(("value", "schema"), [
+        (float("nan"), lm.integer("", 1, 5)), (float("inf"), lm.integer("", 1, 5)), (float("nan"), lm.string()),
+        (float("inf"), lm.string()), (10 ** 400, lm.number("", 0, 1)), (10 ** 400, lm.string())])
+    def test_numbers_at_the_edge(self, value, schema):
+        fitted, problems = lm.validate(value, schema, "x")
+        assert problems or fitted == fitted, (fitted, problems)
+
+    @pytest.mark.parametrize("schema", [
+        {"type": "object", "additionalProperties": False}, {"type": "string", "format": "uri"},
+        {"type": "array", "items": {"oneOf": []}}, {"type": "object", "properties": {"a": {"const": 1}}},
+        {"$ref": "#"}])
+    def test_a_keyword_outside_the_subset_is_refused_at_import(self, schema):
+        with pytest.raises(ValueError, match="here"):
+            lm.check_schema(schema, "here")
+        lm.check_schema(NESTED, "there")
+
+    def test_documents_are_json_schema(self):
+        assert NESTED["type"] == "object" and NESTED["required"] == ["id"]
+        assert NESTED["properties"]["limit"] == {"type": "integer", "minimum": 1, "maximum": 50, "default": 5}
+        assert NESTED["properties"]["window"] == {"type": ["number", "null"]}
+        assert NESTED["properties"]["free"] == {"description": "Anything."}
+        assert re.fullmatch(NESTED["properties"]["id"]["pattern"], "a/b") and "required" not in lm.shape()
+
+
+# ==============================================================================
+# 8. Grammar -- what RFC 9112 lets a request say, as patterns and small parsers
 # uses: Front
 # ==============================================================================
 
@@ -1215,9 +1413,12 @@ class TestGrammar:
         assert caught.value.status == 400
 
     @pytest.mark.parametrize("target", [
-        "x", "?x", "mcp", "*x", "h:80", "http:", "http:/x", "http://", "http:///x", "http://[::1/x", "http://h:99999999/x",
-        "http://u@h/", "http://u:p@h/", "http://h\\@x/", "ftp://h/", "javascript:x", "/..", "/../x", "/a/../b", "/a/..",
-        "/%2e%2e/x", "/.%2E", "/a%2f..%2fb", "/..\\x", "/a%5C..", "/%00", "/a%0d%0ab", "/%7f", "/%", "/%4", "/%zz", "/%u0041",
+        "x", "?x", "mcp", "*x", "h:80", "http:", "http:/x", "http://", "http:///x", "http://[::1/x",
+        "http://h:99999999/x",
+        "http://u@h/", "http://u:p@h/", "http://h\\@x/", "ftp://h/", "javascript:x", "/..", "/../x",
+        "/a/../b", "/a/..",
+        "/%2e%2e/x", "/.%2E", "/a%2f..%2fb", "/..\\x", "/a%5C..", "/%00", "/a%0d%0ab", "/%7f", "/%", "/%4",
+        "/%zz", "/%u0041",
         "/%ff", "/%c0%ae%c0%ae/", "/%ed%a0%80", "/?a=%", "/?%zz=1", "/?a=%ff",
     ])
     def test_wrong_target_is_refused(self, target):
@@ -1254,8 +1455,10 @@ class TestGrammar:
             "", "+1", "-1", "1_0", "0x1", "1.0", "1e1", "1 ", "1 1", "1,1", "1, 1", "a", "\xb2", "\u0661",
             "1000000000000000", "9223372036854775808")),
         *(({"transfer-encoding": value}, 1, 400) for value in (
-            "", ",", "chunked,", ",chunked", "chunked, chunked", "chunked, gzip", "chunked;q=1", "\"chunked\"", "chun ked")),
-        *(({"transfer-encoding": value}, 1, 501) for value in ("gzip", "identity", "gzip, chunked", "xchunked", "chunke")),
+            "", ",", "chunked,", ",chunked", "chunked, chunked", "chunked, gzip", "chunked;q=1",
+            "\"chunked\"", "chun ked")),
+        *(({"transfer-encoding": value}, 1, 501) for value in ("gzip", "identity", "gzip, chunked",
+                                                               "xchunked", "chunke")),
         ({"transfer-encoding": "chunked"}, 0, 400),
         ({"transfer-encoding": "chunked", "content-length": "5"}, 1, 400),
         ({"transfer-encoding": "identity", "content-length": "5"}, 1, 400),
@@ -1270,7 +1473,7 @@ class TestGrammar:
 
 
 # ==============================================================================
-# 7. Http -- bytes to requests, responses to bytes
+# 9. Http -- bytes to requests, responses to bytes
 # uses: Front
 # ==============================================================================
 
@@ -1282,26 +1485,34 @@ CHUNKED_HEAD = POST_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 GOOD_MESSAGES = [
     ("get", b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n",
      [dict(method="GET", path="/healthz", headers={"host": "h"}, keep_alive=True, has_body=False, body=b"")]),
-    ("post", POST_HEAD + b"Content-Length: 5\r\n\r\nhello", [dict(content_length=5, has_body=True, body=b"hello")]),
-    ("length 0", POST_HEAD + b"Content-Length: 0\r\n\r\n", [dict(content_length=0, has_body=False, body=b"")]),
-    ("chunks", CHUNKED_HEAD + b"5\r\nhello\r\n00000001 ;a\r\n!\r\nA;b=\"c;\\\"\r\";d = e\r\n0123456789\r\n0\r\n\r\n".replace(b"\r\"", b"\t\""),
+    ("post", POST_HEAD + b"Content-Length: 5\r\n\r\nhello", 
+     [dict(content_length=5, has_body=True, body=b"hello")]),
+    ("length 0", POST_HEAD + b"Content-Length: 0\r\n\r\n", 
+     [dict(content_length=0, has_body=False, body=b"")]),
+    ("chunks", CHUNKED_HEAD + b"5\r\nhello\r\n00000001 ;a\r\n!\r\n"
+     + b"A;b=\"c;\\\"\t\";d = e\r\n0123456789\r\n0\r\n\r\n",
      [dict(content_length=None, has_body=True, body=b"hello!0123456789")]),
-    ("trailer", CHUNKED_HEAD + b"1\r\nx\r\n0;last\r\nX-Sum: 1\r\nContent-Length: 9\r\n\r\n", [dict(body=b"x", headers={
-        "host": "h", "transfer-encoding": "chunked"})]),
+    ("trailer", CHUNKED_HEAD + b"1\r\nx\r\n0;last\r\nX-Sum: 1\r\nContent-Length: 9\r\n\r\n",
+     [dict(body=b"x", headers={"host": "h", "transfer-encoding": "chunked"})]),
     ("no chunk", CHUNKED_HEAD + b"0\r\n\r\n", [dict(has_body=True, body=b"")]),
-    ("blank lines first", b"\r\n\r\nGET / HTTP/1.1\r\nHost: h\r\n\r\n\r\n\r\nGET /2 HTTP/1.1\r\nHost: h\r\n\r\n",
+    ("blank lines first",
+     b"\r\n\r\nGET / HTTP/1.1\r\nHost: h\r\n\r\n\r\n\r\nGET /2 HTTP/1.1\r\nHost: h\r\n\r\n",
      [dict(path="/"), dict(path="/2")]),
-    ("pipelined", POST_HEAD + b"Content-Length: 2\r\n\r\n{}" + CHUNKED_HEAD + b"2\r\n[]\r\n0\r\n\r\n" + b"GET / HTTP/1.0\r\n\r\n",
+    ("pipelined",
+     POST_HEAD + b"Content-Length: 2\r\n\r\n{}" + CHUNKED_HEAD + b"2\r\n[]\r\n0\r\n\r\n"
+     + b"GET / HTTP/1.0\r\n\r\n",
      [dict(body=b"{}"), dict(body=b"[]"), dict(method="GET", version=(1, 0), keep_alive=False, headers={})]),
     ("blanks around values", POST_HEAD + b"A: \t b c\t \r\nB:\r\nC:d\r\nD: \xa0e\xa0\x85\r\n\r\n",
      [dict(headers={"host": "h", "a": "b c", "b": "", "c": "d", "d": "\xa0e\xa0\x85"})]),
     ("repeated", POST_HEAD + b"Accept: a\r\nACCEPT: b\r\naccept:\r\n\r\n",
      [dict(headers={"host": "h", "accept": "a, b, "}, repeated=frozenset({"accept"}))]),
     ("close", POST_HEAD + b"Connection: Keep-Alive, CLOSE\r\n\r\n", [dict(keep_alive=False)]),
-    ("1.0 kept", b"GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", [dict(keep_alive=True, version=(1, 0))]),
+    ("1.0 kept", b"GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n",
+     [dict(keep_alive=True, version=(1, 0))]),
     ("1.0 expects nothing", b"POST / HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\nx",
      [dict(expects_continue=False, body=b"x")]),
-    ("expect", POST_HEAD + b"Expect: 100-Continue\r\nContent-Length: 1\r\n\r\nx", [dict(expects_continue=True)]),
+    ("expect", POST_HEAD + b"Expect: 100-Continue\r\nContent-Length: 1\r\n\r\nx",
+     [dict(expects_continue=True)]),
     ("expect without body", POST_HEAD + b"Expect: 100-continue\r\n\r\n", [dict(expects_continue=False)]),
     ("absolute", b"GET http://other:81/x?y=1 HTTP/1.1\r\nHost: h\r\n\r\n",
      [dict(target="http://other:81/x?y=1", path="/x", query={"y": ["1"]}, headers={"host": "other:81"})]),
@@ -1381,10 +1592,13 @@ REFUSED_MESSAGES = [
     ("length negative", POST_HEAD + b"Content-Length: -1\r\n\r\n", 400),
     ("length 2^63", POST_HEAD + b"Content-Length: 9223372036854775808\r\n\r\n", 400),
     ("length NBSP", POST_HEAD + b"Content-Length: \xa01\r\n\r\nx", 400),
-    ("length and chunked", POST_HEAD + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
-    ("chunked and length", POST_HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n0\r\n\r\n", 400),
-    ("chunked twice", POST_HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
-    ("identity, then chunked", POST_HEAD + b"Transfer-Encoding: identity\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    ("length and chunked", POST_HEAD + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"
+     + lm.LAST_CHUNK, 400),
+    ("chunked and length", POST_HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n"
+     + lm.LAST_CHUNK, 400),
+    ("chunked twice", POST_HEAD + b"Transfer-Encoding: chunked\r\n" * 2 + b"\r\n" + lm.LAST_CHUNK, 400),
+    ("identity, then chunked", POST_HEAD
+     + b"Transfer-Encoding: identity\r\nTransfer-Encoding: chunked\r\n\r\n" + lm.LAST_CHUNK, 400),
     ("chunked in 1.0", b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
     ("gzip, chunked", POST_HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
     ("identity", POST_HEAD + b"Transfer-Encoding: identity\r\n\r\n", 501),
@@ -1487,10 +1701,19 @@ TOKEN_TEXT = st.text("!#$%&'*+-.^_`|~0189azAZ", min_size=1, max_size=12)
 VALUE_BYTES = st.lists(st.sampled_from([*range(0x21, 0x7f), *range(0x80, 0x100)]), max_size=20).map(bytes)
 
 
+#: What random messages are made of and altered with.
+MESSAGE_PARTS = [
+    b"GET / HTTP/1.1\r\n", b"Host: h\r\n", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n",
+    b"\r\n\r\n", b"1\r\nx\r\n", b"0\r\n", b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b"\0", b"\x80"]
+MESSAGE_FAULTS = [
+    b"", b" ", b"\t", b"\r", b"\n", b"\r\n", b"\0", b":", b";", b",", b"0", b"g", b"\x0b", b"\xa0", b"\x7f",
+    b"Content-Length: 1\r\n", b"Transfer-Encoding: chunked\r\n", b"Host: x\r\n"]
+
+
 @st.composite
 def valid_messages(draw):
     """(bytes, method, target, headers, body) of a request that every reader must take alike."""
-    method = draw(st.sampled_from(["GET", "POST", "DELETE", "PUT"]) | TOKEN_TEXT.filter(lambda m: m != "CONNECT"))
+    method = draw(st.sampled_from(["GET", "POST", "DELETE", "PUT"]) | TOKEN_TEXT)
     target = "/" + draw(st.text("abcXYZ09-._~!$&'()*+,;=:@/?", max_size=30).filter(lambda t: ".." not in t))
     own = {"host", "content-length", "transfer-encoding", "connection", "expect"}
     names = draw(st.lists(TOKEN_TEXT.filter(lambda n: n.lower() not in own), max_size=6, unique_by=str.lower))
@@ -1504,7 +1727,8 @@ def valid_messages(draw):
         for size in [*sizes, len(body)]:
             piece, rest = rest[:size], rest[size:]
             if piece:
-                pieces.append(b"%x%b\r\n%b\r\n" % (len(piece), draw(st.sampled_from([b"", b";a", b";a=b"])), piece))
+                extension = draw(st.sampled_from([b"", b";a", b";a=b"]))
+                pieces.append(b"%x%b\r\n%b\r\n" % (len(piece), extension, piece))
         framed = b"".join(pieces) + lm.LAST_CHUNK
     else:
         headers.append(("Content-Length", str(len(body)).encode()))
@@ -1527,8 +1751,8 @@ class TestHttp:
             requests, status = read_messages(pieces)
             assert status is None
             assert requests == whole
-        assert [{name: getattr(request, name) for name in want} for request, want in zip(whole, expected, strict=True)] \
-            == expected
+        for request, want in zip(whole, expected, strict=True):
+            assert {name: getattr(request, name) for name in want} == want
 
     @pytest.mark.parametrize(("message", "status"), [row[1:] for row in REFUSED_MESSAGES],
                              ids=[row[0] for row in REFUSED_MESSAGES])
@@ -1589,12 +1813,13 @@ class TestHttp:
         assert parser.read_head() is None and parser.in_head and not parser.is_idle and parser.buffered == 9
         parser.feed(b"TP/1.1\r\nHost: h\r\nContent-Length: 4\r\n\r\nab")
         request = parser.read_head()
-        assert request.content_length == 4 and not parser.in_head and not parser.is_idle and parser.buffered == 2
-        assert parser.read_body() is None
+        assert request.content_length == 4 and parser.buffered == 2
+        assert not parser.in_head and not parser.is_idle and parser.read_body() is None
         with pytest.raises(RuntimeError):
             parser.read_head()
         parser.feed(b"cd")
-        assert parser.read_body() == b"abcd" and parser.is_idle and parser.buffered == 0 and parser.read_body() == b""
+        assert parser.read_body() == b"abcd" and parser.is_idle and parser.buffered == 0
+        assert parser.read_body() == b""
 
     def test_unfinished_chunked_body_counts_as_buffered(self):
         parser = lm.RequestParser(lm.HttpLimits())
@@ -1603,7 +1828,8 @@ class TestHttp:
         assert parser.read_body() is None and parser.buffered == 7 and not parser.is_idle
 
     @pytest.mark.parametrize("body", [b"Content-Length: 30\r\n\r\n" + b"x" * 30,
-                                      b"Transfer-Encoding: chunked\r\n\r\n" + b"a\r\n0123456789\r\n" * 3 + b"0\r\nA: b\r\n\r\n"])
+                                      b"Transfer-Encoding: chunked\r\n\r\n"
+                                      + b"a\r\n0123456789\r\n" * 3 + b"0\r\nA: b\r\n\r\n"])
     def test_unwanted_body_is_dropped_and_the_next_request_read(self, body):
         message = POST_HEAD + body
         for pieces in each_split(message):
@@ -1617,7 +1843,8 @@ class TestHttp:
             parser.feed(b"GET /next HTTP/1.1\r\nHost: h\r\n\r\n")
             assert parser.read_head().path == "/next"
 
-    @pytest.mark.parametrize("body", [b"Content-Length: 31\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n1f\r\n",
+    @pytest.mark.parametrize("body", [b"Content-Length: 31\r\n\r\n",
+                                      b"Transfer-Encoding: chunked\r\n\r\n1f\r\n",
                                       b"Transfer-Encoding: chunked\r\n\r\nx\r\n",
                                       b"Content-Length: 1099511627776\r\n\r\n" + b"x" * 40])
     def test_unwanted_body_too_large_or_broken_ends_the_connection(self, body):
@@ -1631,16 +1858,15 @@ class TestHttp:
 
     def test_request_answers_for_headers_and_parameters(self):
         (request,), _ = read_messages([b"GET /?a=1&a=2 HTTP/1.1\r\nHost: h\r\nX-Y: z\r\n\r\n"])
-        assert request.header("x-Y") == "z" and request.header("no") is None and request.header("no", "d") == "d"
+        assert request.header("x-Y") == "z"
+        assert request.header("no") is None and request.header("no", "d") == "d"
         assert request.parameter("a") == "1" and request.parameter("b") is None
         assert (request.principal, request.route, request.peer, request.is_tls) == (None, None, "", False)
 
     @hypothesis.settings(max_examples=300, deadline=None)
     @hypothesis.given(st.data())
     def test_any_bytes_are_read_or_refused(self, data):
-        spice = st.sampled_from([b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b"\0", b"\x80", b"GET / HTTP/1.1\r\n", b"Host: h\r\n",
-                                 b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"\r\n\r\n", b"1\r\nx\r\n", b"0\r\n"])
-        pieces = data.draw(st.lists(spice | st.binary(max_size=8), max_size=20))
+        pieces = data.draw(st.lists(st.sampled_from(MESSAGE_PARTS) | st.binary(max_size=8), max_size=20))
         limits = data.draw(st.sampled_from([lm.HttpLimits(), SMALL_LIMITS]))
         whole = read_messages([b"".join(pieces)], limits)
         assert read_messages(pieces, limits) == whole
@@ -1656,19 +1882,18 @@ class TestHttp:
         assert (request.method, request.target, request.body) == (method, target, body)
         assert request.headers == {name.lower(): value.decode("latin-1") for name, value in headers}
         theirs = read_by_h11(raw)
-        assert (request.method.encode(), request.target.encode(), request.body) == (theirs[0], theirs[1], theirs[3])
+        assert (method.encode(), target.encode(), body) == (theirs[0], theirs[1], theirs[3])
         assert [(n.encode(), v.encode("latin-1")) for n, v in request.headers.items()] == theirs[2]
 
-    @hypothesis.settings(max_examples=600, deadline=None)
-    @hypothesis.given(valid_messages(), st.lists(st.tuples(st.integers(0, 10_000), st.sampled_from(
-        [b"", b" ", b"\t", b"\r", b"\n", b"\r\n", b"\0", b":", b";", b",", b"0", b"g", b"\x0b", b"\xa0", b"\x7f",
-         b"Content-Length: 1\r\n", b"Transfer-Encoding: chunked\r\n", b"Host: x\r\n"]), st.booleans()), min_size=1, max_size=3))
+    @hypothesis.settings(max_examples=400, deadline=None)
+    @hypothesis.given(valid_messages(), st.lists(st.tuples(
+        st.integers(0, 10_000), st.sampled_from(MESSAGE_FAULTS), st.booleans()), min_size=1, max_size=3))
     def test_what_h11_refuses_is_refused_here(self, message, changes):
         raw = message[0]
         for at, spice, is_put_over in changes:
             at %= len(raw) + 1
             raw = raw[:at] + spice + raw[at + is_put_over:]
-        # Blank lines first (RFC 9112 section 2.2) and a blank before a chunk extension (7.1.1) are for h11 alone wrong.
+        # h11 alone refuses blank lines first (RFC 9112 section 2.2) and a blank before an extension (7.1.1).
         hypothesis.assume(not raw.startswith(b"\r\n") and b" ;" not in raw and b"\t;" not in raw)
         requests, status = read_messages([raw])
         try:
@@ -1693,12 +1918,15 @@ class TestHttpAnswers:
     @pytest.mark.parametrize(("changes", "how", "head", "body"), [
         ({}, {}, b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n", b"ok"),
         ({}, {"is_head": True}, b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n", b""),
-        ({}, {"keep_alive": False}, b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n", b"ok"),
+        ({}, {"keep_alive": False},
+         b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n", b"ok"),
         ({"close": True}, {}, b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n", b"ok"),
-        ({}, {"version": (1, 0)}, b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: keep-alive\r\n\r\n", b"ok"),
+        ({}, {"version": (1, 0)},
+         b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: keep-alive\r\n\r\n", b"ok"),
         ({"status": 204}, {}, b"HTTP/1.1 204 No Content\r\n\r\n", b""),
         ({"status": 304}, {}, b"HTTP/1.1 304 Not Modified\r\n\r\n", b""),
-        ({"status": 421, "body": b""}, {}, b"HTTP/1.1 421 Misdirected Request\r\nContent-Length: 0\r\n\r\n", b""),
+        ({"status": 421, "body": b""}, {},
+         b"HTTP/1.1 421 Misdirected Request\r\nContent-Length: 0\r\n\r\n", b""),
         ({"status": 599}, {}, b"HTTP/1.1 599 Unassigned\r\nContent-Length: 2\r\n\r\n", b"ok"),
         ({"stream": iter("")}, {}, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b""),
         ({"stream": iter("")}, {"is_head": True}, b"HTTP/1.1 200 OK\r\n\r\n", b""),
@@ -1711,7 +1939,8 @@ class TestHttpAnswers:
         assert lm.encode_response(response, **how) == head + body
 
     @pytest.mark.parametrize(("name", "value"), [
-        ("X", "a\r\nSet-Cookie: b"), ("X", "a\nb"), ("X", "a\rb"), ("X", "a\0"), ("X", "\u20ac"), ("X", "\ud800"),
+        ("X", "a\r\nSet-Cookie: b"), ("X", "a\nb"), ("X", "a\rb"), ("X", "a\0"), ("X", "\u20ac"),
+        ("X", "\ud800"),
         ("X\r\nY", "a"), ("X:", "a"), ("X ", "a"), ("", "a"), ("\xe9", "a"),
         ("Content-Length", "1"), ("transfer-encoding", "chunked"), ("Connection", "close"),
     ])
@@ -1745,7 +1974,7 @@ class TestHttpAnswers:
 
 
 # ==============================================================================
-# 8. Access -- who calls, from where, and may they now
+# 10. Access -- who calls, from where, and may they now
 # uses: Front
 # ==============================================================================
 
@@ -1761,7 +1990,8 @@ def incoming(target="/mcp", *, method="GET", peer="127.0.0.1", repeated=(), **he
     """A request as the parser makes it; headers by keyword, `_` for `-`, None for one that is absent."""
     _, path, query = lm.parse_target(method, target)
     given = {"host": "127.0.0.1:8766"} | {name.replace("_", "-"): value for name, value in headers.items()}
-    return lm.Request(method, target, path, query, {name: value for name, value in given.items() if value is not None},
+    return lm.Request(method, target, path, query, {name: value for name, value in given.items()
+                                                    if value is not None},
                       peer=peer, repeated=frozenset(repeated))
 
 
@@ -1810,20 +2040,22 @@ class TestAccess:
     def test_keys_are_read(self, text, expected):
         keys = lm.parse_keys(text, KEYS_VARIABLE)
         assert [(key.name, key.role, key.digest) for key in keys] == [
-            (name or "key-" + secret_digest(secret).hex()[:8], role, secret_digest(secret)) for name, role, secret in expected]
+            (name or "key-" + secret_digest(secret).hex()[:8], role, secret_digest(secret)) for name, role,
+            secret in expected]
 
     def test_hashed_keys_are_read(self):
         hashed = "sha256:" + secret_digest("s").hex()
         bare, named, upper = lm.parse_keys(f"{hashed}\nci:viewer:sha256:{secret_digest('t').hex()}\n"
                                            f"x:sha256:{secret_digest('u').hex().upper()}", "keys.txt")
-        assert (bare.name, bare.role, bare.digest) == ("key-" + secret_digest("s").hex()[:8], "admin", secret_digest("s"))
+        assert (bare.name, bare.role, bare.digest) == ("key-" + secret_digest("s").hex()[:8], "admin",
+                                                       secret_digest("s"))
         assert (named.name, named.role, named.digest) == ("ci", "viewer", secret_digest("t"))
         assert (upper.name, upper.role, upper.digest) == ("x", "admin", secret_digest("u"))
 
     def test_comments_are_skipped_in_files(self):
         text = "\ufeff# keys, of the team\r\n\r\n  # b:c\r\na:viewer:x # no comment\r\n"
         assert lm.parse_keys(text, "keys.txt") == [lm.Key("a", "viewer", secret_digest("x # no comment"))]
-        assert lm.parse_keys("a:viewer:x\n# a file's text\nb:y", KEYS_VARIABLE) == [
+        assert lm.parse_keys("a:viewer:x\n\ufeff# a file's text\nb:y", KEYS_VARIABLE) == [
             lm.Key("a", "viewer", secret_digest("x")), lm.Key("b", "admin", secret_digest("y"))]
 
     @pytest.mark.parametrize(("text", "where"), [
@@ -1871,15 +2103,15 @@ class TestAccess:
         assert keys and len({key.name for key in keys}) == len({key.digest for key in keys}) == len(keys)
 
     def test_key_does_not_show_its_digest(self):
-        assert secret_digest("x").hex()[:8] not in repr(lm.Key("a", "viewer", secret_digest("x"))) and "digest" not in repr(
-            lm.Key("a", "viewer", secret_digest("x")))
+        assert repr(lm.Key("a", "viewer", secret_digest("x"))) == "Key(name='a', role='viewer')"
 
     def test_ring_finds_whom_a_secret_belongs_to(self):
         ring = lm.KeyRing(lm.parse_keys("a:viewer:x,b:é", KEYS_VARIABLE), system_secret="sys")
         assert ring.find("x") == ring.find(b"x") == lm.Principal("a", "viewer", secret_digest("x").hex()[:8])
         assert ring.find("é").name == ring.find("é".encode()).name == "b"
         assert ring.find("sys") is lm.SYSTEM
-        for wrong in ("", "X", "x ", "x\0", b"\xff", "\udcff", "\ud800", secret_digest("x"), secret_digest("x").hex()):
+        for wrong in ("", "X", "x ", "x\0", b"\xff", "\udcff", "\ud800", secret_digest("x"),
+                      secret_digest("x").hex()):
             assert ring.find(wrong) is None
         assert not ring.is_open
 
@@ -1909,7 +2141,8 @@ class TestAccess:
         assert lm.read_credentials(incoming("/sse?key=q", **headers), key_in_url=in_url) == expected
 
     @pytest.mark.parametrize(("target", "repeated"), [
-        ("/", ["x-api-key"]), ("/", ["authorization", "accept"]), ("/?key=a&key=a", []), ("/?key=a&k%65y=b", [])])
+        ("/", ["x-api-key"]), ("/", ["authorization", "accept"]), ("/?key=a&key=a", []),
+        ("/?key=a&k%65y=b", [])])
     def test_credentials_given_twice_are_refused(self, target, repeated):
         request = incoming(target, repeated=repeated)
         assert is_barred(lm.read_credentials, request, key_in_url=True)
@@ -1921,53 +2154,68 @@ class TestAccess:
         assert request.query == {"topic": ["t"]} and request.target == "/sse?topic=t&key=***"
         request = incoming("/mcp?key=x", x_api_key="x y", authorization="Bearer z", accept="a")
         assert lm.authenticate(ring, request, key_in_url=False).name == "a"
-        assert "x y" not in repr(request) and "Bearer" not in repr(request) and request.headers["accept"] == "a"
+        assert "x y" not in repr(request) and "Bearer" not in repr(request)
+        assert request.headers["accept"] == "a"
 
     @pytest.mark.parametrize("headers", [{}, {"x_api_key": "no"}, {"x_api_key": "no", "authorization": "x"},
                                          {"authorization": "Basic x"}, {"x_api_key": "\xff\xfe"}])
     def test_wrong_or_no_key_is_unauthorized(self, headers):
         ring = lm.KeyRing(lm.parse_keys("a:viewer:x", KEYS_VARIABLE), system_secret="sys")
-        assert is_barred(lm.authenticate, ring, incoming("/mcp?key=x", **headers), error=lm.Unauthorized, key_in_url=False)
+        assert is_barred(lm.authenticate, ring, incoming("/mcp?key=x", **headers), error=lm.Unauthorized,
+                         key_in_url=False)
 
     def test_open_ring_lets_everybody_in(self):
         for headers in ({}, {"x_api_key": "whatever"}):
             assert lm.authenticate(lm.KeyRing(), incoming(**headers), key_in_url=False) is lm.ANONYMOUS
 
-    @pytest.mark.parametrize(("peer", "is_in"), [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("::ffff:127.0.0.1", True),
+    @pytest.mark.parametrize(("peer", "is_in"), [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True),
+                                                 ("::ffff:127.0.0.1", True),
                                                  ("10.0.0.1", False), ("2001:db8::1", False), ("", False)])
     def test_key_of_the_system_counts_from_loopback_only(self, peer, is_in):
-        closed, opened = (lm.KeyRing(keys, system_secret="sys") for keys in (lm.parse_keys("a:x", KEYS_VARIABLE), []))
+        closed, opened = (lm.KeyRing(keys, system_secret="sys")
+                          for keys in (lm.parse_keys("a:x", KEYS_VARIABLE), []))
         assert is_barred(lm.authenticate, closed, incoming(peer=peer, x_api_key="sys"), error=lm.Unauthorized,
                           key_in_url=False) is not is_in
-        assert (lm.authenticate(opened, incoming(peer=peer, x_api_key="sys"), key_in_url=False) is lm.SYSTEM) is is_in
+        principal = lm.authenticate(opened, incoming(peer=peer, x_api_key="sys"), key_in_url=False)
+        assert principal is (lm.SYSTEM if is_in else lm.ANONYMOUS)
         if is_in:
-            assert lm.authenticate(closed, incoming(peer=peer, x_api_key="sys"), key_in_url=False) is lm.SYSTEM
+            assert lm.authenticate(closed, incoming(peer=peer, x_api_key="sys"),
+                                   key_in_url=False) is lm.SYSTEM
 
     @pytest.mark.parametrize(("target", "masked"), [
-        ("/sse", "/sse"), ("/sse?", "/sse?"), ("/key=1", "/key=1"), ("/?key", "/?key"), ("/?monkey=1", "/?monkey=1"),
+        ("/sse", "/sse"), ("/sse?", "/sse?"), ("/key=1", "/key=1"), ("/?key", "/?key"),
+        ("/?monkey=1", "/?monkey=1"),
         ("/?key=s", "/?key=***"), ("/?key=", "/?key=***"), ("/?a=key&Key=s&b=1", "/?a=key&Key=***&b=1"),
-        ("/?k%65y=s", "/?k%65y=***"), ("/?%4bEY=s=t?u", "/?%4bEY=***"), ("/?key=s&key=t", "/?key=***&key=***"),
-        ("/?+key=s", "/?+key=***"), ("/?%=1&%ff=2&key=s", "/?%=1&%ff=2&key=***"), ("http://h/?key=s", "http://h/?key=***"),
+        ("/?k%65y=s", "/?k%65y=***"), ("/?%4bEY=s=t?u", "/?%4bEY=***"),
+        ("/?key=s&key=t", "/?key=***&key=***"),
+        ("/?+key=s", "/?+key=***"), ("/?%=1&%ff=2&key=s", "/?%=1&%ff=2&key=***"),
+        ("http://h/?key=s", "http://h/?key=***"),
     ])
     def test_key_in_a_target_is_masked(self, target, masked):
         assert lm.mask_target(target) == masked
 
     @pytest.mark.parametrize(("host", "keyless", "listed", "with_keys", "with_keys_listed"), [
-        ("127.0.0.1", True, True, True, True), ("127.0.0.1:1", True, True, True, True), ("127.255.0.9:8766", True, True, True, True),
-        ("localhost:99", True, True, True, True), ("LOCALHOST", True, True, True, True), ("[::1]", True, True, True, True),
+        ("127.0.0.1", True, True, True, True), ("127.0.0.1:1", True, True, True, True),
+        ("127.255.0.9:8766", True, True, True, True),
+        ("localhost:99", True, True, True, True), ("LOCALHOST", True, True, True, True),
+        ("[::1]", True, True, True, True),
         ("[::1]:8766", True, True, True, True), (None, True, True, True, True),
         ("ops.example", False, True, True, True), ("OPS.example:8", False, True, True, True),
         ("port.example:8", False, True, True, True), ("port.example:9", False, False, True, False),
         ("port.example", False, False, True, False),
         ("evil.example", False, False, True, False), ("localhost.evil.example", False, False, True, False),
         ("127.0.0.1.evil.example", False, False, True, False), ("127.0.0.1evil", False, False, True, False),
-        ("128.0.0.1", False, False, True, False), ("127.0.0.256", False, False, True, False), ("0.0.0.0", False, False, True, False),
-        ("127.1", False, False, True, False), ("[::2]", False, False, True, False), ("x.ops.example", False, False, True, False),
+        ("128.0.0.1", False, False, True, False), ("127.0.0.256", False, False, True, False),
+        ("0.0.0.0", False, False, True, False),
+        ("127.1", False, False, True, False), ("[::2]", False, False, True, False),
+        ("x.ops.example", False, False, True, False),
     ])
     def test_host(self, host, keyless, listed, with_keys, with_keys_listed):
         allowed = frozenset({"Ops.Example", "port.example:8"})
-        got = [not is_barred(lm.check_host, incoming(host=host), error=lm.Misdirected, allowed=names, has_keys=has_keys)
-               for names, has_keys in ((frozenset(), False), (allowed, False), (frozenset(), True), (allowed, True))]
+        got = [not is_barred(lm.check_host, incoming(host=host), error=lm.Misdirected, allowed=names,
+                             has_keys=has_keys)
+               for names, has_keys in ((frozenset(), False), (allowed, False), (frozenset(), True),
+                                       (allowed, True))]
         assert got == [keyless, listed, with_keys, with_keys_listed]
 
     @pytest.mark.parametrize(("origin", "host", "keyless", "with_keys", "listed", "starred"), [
@@ -1993,8 +2241,10 @@ class TestAccess:
         ("vscode-webview://abc", "x.example", False, False, True, True),
         ("ftp://localhost", "x.example", False, False, False, True),
         *((bad, "x.example", False, False, False, False) for bad in (
-            "null", "", "localhost", "//localhost", "http://", "http://localhost/", "http://localhost/x", "http://localhost?x",
-            "http://localhost#x", "http://u@localhost", "http://evil.example@localhost", "http://localhost http://localhost",
+            "null", "", "localhost", "//localhost", "http://", "http://localhost/", "http://localhost/x",
+            "http://localhost?x",
+            "http://localhost#x", "http://u@localhost", "http://evil.example@localhost",
+            "http://localhost http://localhost",
             "http://localhost, http://evil.example", "http://localhost,http://localhost", "*")),
         ("http://localhost:99999", "x.example", False, False, False, True),
         ("http://localhost\\.evil.example", "x.example", False, False, False, True),
@@ -2003,12 +2253,14 @@ class TestAccess:
         names = frozenset({"https://OK.example", "vscode-webview://abc"})
         request = incoming(origin=origin, host=host)
         got = [not is_barred(lm.check_origin, request, error=lm.Forbidden, allowed=allowed, has_keys=has_keys)
-               for allowed, has_keys in ((frozenset(), False), (frozenset(), True), (names, False), (frozenset({"*"}), False))]
+               for allowed, has_keys in ((frozenset(), False), (frozenset(), True), (names, False),
+                                         (frozenset({"*"}), False))]
         assert got == [keyless, with_keys, listed, starred]
 
     def test_repeated_origin_is_refused(self):
         request = incoming(origin="http://localhost", repeated=["origin"])
-        assert is_barred(lm.check_origin, request, error=lm.Forbidden, allowed=frozenset({"*"}), has_keys=True)
+        assert is_barred(lm.check_origin, request, error=lm.Forbidden, allowed=frozenset({"*"}),
+                         has_keys=True)
 
     def test_rebound_page_is_refused_without_keys(self):
         rebound = incoming(origin="http://evil.example:8766", host="evil.example:8766")
@@ -2024,16 +2276,18 @@ class TestAccess:
         assert "Mcp-Session-Id" in headers["Access-Control-Expose-Headers"]
         assert "Retry-After" in headers["Access-Control-Expose-Headers"]
         assert not {"Access-Control-Allow-Credentials", "Access-Control-Allow-Headers"} & set(headers)
-        starred = lm.cors_headers(incoming(origin="https://any.example"), allowed=frozenset({"*"}), has_keys=True)
+        starred = lm.cors_headers(incoming(origin="https://any.example"), allowed=frozenset({"*"}),
+                                  has_keys=True)
         assert dict(starred)["Access-Control-Allow-Origin"] == "https://any.example"
 
     def test_preflight_lists_methods_and_headers(self):
         asked = "content-type, Mcp-Param-City ,mcp-name, x-evil, mcp-a\u00e9, mcp-"
-        headers = dict(lm.cors_headers(incoming("/mcp", method="OPTIONS", origin="http://localhost:3000",
-                                              access_control_request_headers=asked), allowed=frozenset(), has_keys=False))
+        preflight = incoming("/mcp", method="OPTIONS", origin="http://localhost:3000",
+                             access_control_request_headers=asked)
+        headers = dict(lm.cors_headers(preflight, allowed=frozenset(), has_keys=False))
         assert headers["Access-Control-Allow-Headers"] == (
-            "Content-Type, Authorization, X-API-Key, Accept, Last-Event-ID, Mcp-Session-Id, MCP-Protocol-Version, "
-            "Mcp-Method, Mcp-Name, mcp-param-city")
+            "Content-Type, Authorization, X-API-Key, Accept, Last-Event-ID, Mcp-Session-Id, "
+            "MCP-Protocol-Version, Mcp-Method, Mcp-Name, mcp-param-city")
         assert {"GET", "POST", "DELETE"} <= set(headers["Access-Control-Allow-Methods"].split(", "))
         assert "Access-Control-Allow-Private-Network" not in headers
 
@@ -2066,7 +2320,8 @@ class TestAccess:
 
     def test_long_chain_of_proxies_is_cut(self):
         trusted = (ipaddress.ip_network("10.0.0.0/8"),)
-        assert lm.client_address("10.0.0.1", "6.6.6.6," + "10.0.0.2," * 5000 + "10.0.0.3", trusted) == "10.0.0.2"
+        chain = "6.6.6.6," + "10.0.0.2," * 5000 + "10.0.0.3"
+        assert lm.client_address("10.0.0.1", chain, trusted) == "10.0.0.2"
 
     def test_bucket_refills_evenly(self):
         bucket = lm.TokenBucket(10, 5.0, 100.0)
@@ -2085,7 +2340,8 @@ class TestAccess:
 
     def test_cost_above_the_size_takes_the_whole_bucket(self):
         bucket = lm.TokenBucket(3, 3.0)
-        assert bucket.spend(5, 0.0) == 0.0 and bucket.tokens == 0.0 and bucket.spend(5, 1.0) == pytest.approx(2.0)
+        assert bucket.spend(5, 0.0) == 0.0 and bucket.tokens == 0.0
+        assert bucket.spend(5, 1.0) == pytest.approx(2.0)
 
     @hypothesis.settings(max_examples=200, deadline=None)
     @hypothesis.given(st.integers(1, 100), st.floats(0.1, 100), st.lists(
@@ -2128,19 +2384,434 @@ class TestAccess:
                 assert limiter.spend("busy", 1, 0.0).wait_s > 0
         assert len(limiter._buckets) == 10
 
-    @pytest.mark.parametrize(("quota", "window_ms", "expected"), [
-        (lm.Quota(0.0, 60, 12, 2.1), 10_000, {"RateLimit-Policy": '"default";q=60;w=10', "RateLimit": '"default";r=12;t=3'}),
-        (lm.Quota(0.01, 60, 0, 10.0), 500, {"RateLimit-Policy": '"default";q=60;w=1', "RateLimit": '"default";r=0;t=10',
-                                            "Retry-After": "1"}),
-        (lm.Quota(3.2, 1, 0, 3.2), 10_000, {"RateLimit-Policy": '"default";q=1;w=10', "RateLimit": '"default";r=0;t=4',
-                                            "Retry-After": "4"}),
+    @pytest.mark.parametrize(("quota", "window_ms", "policy", "state", "retry_after"), [
+        (lm.Quota(0.0, 60, 12, 2.1), 10_000, "q=60;w=10", "r=12;t=3", None),
+        (lm.Quota(0.01, 60, 0, 10.0), 500, "q=60;w=1", "r=0;t=10", "1"),
+        (lm.Quota(3.2, 1, 0, 3.2), 10_000, "q=1;w=10", "r=0;t=4", "4"),
     ])
-    def test_headers_of_a_limit(self, quota, window_ms, expected):
-        assert dict(lm.ratelimit_headers(quota, window_ms)) == expected
+    def test_headers_of_a_limit(self, quota, window_ms, policy, state, retry_after):
+        headers = dict(lm.ratelimit_headers(quota, window_ms))
+        assert headers["RateLimit-Policy"] == f'"default";{policy}'
+        assert headers["RateLimit"] == f'"default";{state}'
+        assert headers.get("Retry-After") == retry_after
 
 
 # ==============================================================================
-# 9. Policy -- which arguments make which policy, and what is refused in which words
+# 11. Chain -- no row can be altered, removed, inserted or forged unseen
+# uses: Front
+# ==============================================================================
+
+
+AUDIT_ROWS = st.lists(st.tuples(st.text(max_size=6), st.text(max_size=6), st.text(max_size=20)), min_size=1, max_size=8)
+NARRATIVE_LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d\] actor=[A-Za-z0-9._:/@+-]* action=[A-Za-z0-9._:/@+-]* details=(.*)")
+
+
+def chain_rows(contents, originals=0):
+    """A whole log: some rows of the original with their adoption, then chained rows."""
+    rows = [lm.AuditRow(at, "2025-01-01T00:00:00.000Z", "mcp", "promote_model", f'{{"at":{at}}}')
+            for at in range(1, originals + 1)]
+    previous = lm.GENESIS
+    adoption = [("system", "audit_adopt", json.dumps({"digest": lm.adoption_digest(rows)}))] if originals else []
+    for actor, action, payload in [*adoption, *contents]:
+        row = lm.AuditRow(len(rows) + 1, "2025-01-02T00:00:00.000Z", actor, action, payload)
+        previous = lm.chain_hash(previous, row)
+        rows.append(dataclasses.replace(row, digest=previous))
+    return rows
+
+
+class TestChain:
+    """The audit trail as a hash chain."""
+
+    def test_the_hash_is_what_the_section_says(self):
+        row = lm.AuditRow(1, "2025-01-01T00:00:00.000Z", "me", "act", '{"a":"\u00e9"}')
+        text = json.dumps([lm.GENESIS, 1, row.ts, "me", "act", row.payload], separators=(",", ":"))
+        assert lm.chain_hash(lm.GENESIS, row) == hashlib.sha256(b"\x00" + text.encode("ascii")).hexdigest()
+
+    @hypothesis.given(AUDIT_ROWS, st.integers(0, 3))
+    def test_a_whole_log_has_no_fault(self, contents, originals):
+        rows = chain_rows(contents, originals)
+        assert lm.find_chain_fault(rows) is None
+        assert lm.find_chain_fault(rows[:originals + 1]) is None, "a shorter one neither: truncation is not excluded"
+        assert lm.find_chain_fault([]) is None
+
+    @hypothesis.given(AUDIT_ROWS, st.integers(0, 3), st.data())
+    def test_any_change_of_any_row_is_named(self, contents, originals, chance):
+        rows = chain_rows(contents, originals)
+        at = chance.draw(st.integers(0, len(rows) - 1))
+        key = chance.draw(st.sampled_from(["audit_id", "ts", "actor", "action", "payload", "digest"]))
+        old = getattr(rows[at], key)
+        if key == "digest" and old is None:
+            new = "0" * 64
+        else:
+            new = old + 1000 if key == "audit_id" else chance.draw(
+                st.text("abc019{}\"", max_size=20).filter(lambda text: text != old)) if key != "digest" else None
+        rows[at] = dataclasses.replace(rows[at], **{key: new})
+        fault = lm.find_chain_fault(sorted(rows, key=lambda row: row.audit_id) if key == "audit_id" else rows)
+        assert fault
+        named = {int(one) for one in re.findall(r"row (?:from )?(\d+)", fault)} | {
+            one for first, last in re.findall(r"from (\d+) to (\d+)", fault) for one in range(int(first), int(last) + 1)}
+        near = (*(range(1, originals + 3) if at <= originals else (at, at + 1, at + 2)), at + 1001)
+        assert named & set(near), (fault, at + 1, key)
+
+    @hypothesis.given(AUDIT_ROWS, st.integers(0, 3), st.data())
+    def test_a_removed_or_swapped_or_inserted_row_is_named(self, contents, originals, chance):
+        rows = chain_rows([*contents, ("a", "b", "c"), ("d", "e", "f")], originals)
+        at = chance.draw(st.integers(0, len(rows) - 2))  # the last one alone is a truncation
+        assert lm.find_chain_fault(rows[:at] + rows[at + 1:])
+        first, second = rows[at], rows[at + 1]
+        swapped = [dataclasses.replace(second, audit_id=first.audit_id), dataclasses.replace(first, audit_id=second.audit_id)]
+        assert lm.find_chain_fault(rows[:at] + swapped + rows[at + 2:])
+        forged = lm.AuditRow(at + 1, rows[at].ts, "me", "forged", "{}", chance.draw(st.sampled_from([None, "f" * 64])))
+        moved = [dataclasses.replace(row, audit_id=row.audit_id + 1) for row in rows[at:]]
+        assert lm.find_chain_fault(rows[:at] + [forged] + moved)
+        own = dataclasses.replace(forged, digest=lm.chain_hash(rows[at - 1].digest or lm.GENESIS if at else lm.GENESIS, forged))
+        assert lm.find_chain_fault(rows[:at] + [own] + moved), "a row with a right hash breaks the next one"
+
+    def test_the_place_is_exact(self):
+        rows = chain_rows([("a", "b", str(at)) for at in range(6)])
+        assert "row 3 " in lm.find_chain_fault(rows[:2] + rows[3:])
+        changed = dataclasses.replace(rows[3], payload="x")
+        assert "row 4 " in lm.find_chain_fault(rows[:3] + [changed] + rows[4:])
+        assert "row 7 " in lm.find_chain_fault([*rows, lm.AuditRow(7, "t", "a", "b", "c")])
+
+    def test_rows_of_the_original_are_guarded_by_their_adoption(self):
+        rows = chain_rows([("a", "b", "c")], originals=3)
+        assert lm.find_chain_fault(rows) is None
+        assert lm.find_chain_fault(rows[3:]), "without any of the adopted rows"
+        assert lm.find_chain_fault(rows[1:]) and lm.find_chain_fault([*rows[:2], *rows[3:]])
+        assert lm.find_chain_fault([*rows[:1], dataclasses.replace(rows[1], payload="{}"), *rows[2:]])
+        assert "row 1 " in lm.find_chain_fault(rows[:3]), "not adopted"
+        later = lm.AuditRow(6, "2025-01-03", "mcp", "promote_model", "{}")  # the original ran again
+        adopted = lm.AuditRow(7, "2025-01-04", "system", "audit_adopt", json.dumps({"digest": lm.adoption_digest([later])}))
+        twice = [*rows, later, dataclasses.replace(adopted, digest=lm.chain_hash(rows[-1].digest, adopted))]
+        assert lm.find_chain_fault(twice) is None and lm.find_chain_fault([*rows, twice[-1]])
+
+    @pytest.mark.parametrize("payload", ["", "x", "[]", "1", "null", '{"digest":1}', "{", "\x00"])
+    def test_a_spoilt_adoption_is_a_fault_and_no_crash(self, payload):
+        rows = chain_rows([("a", "b", "c")], originals=2)
+        rows[2] = dataclasses.replace(rows[2], payload=payload)
+        assert lm.find_chain_fault(rows)
+
+    @pytest.mark.parametrize("value", [b"\xff", 5, None, 1.5])
+    def test_a_value_of_another_type_is_a_fault_and_no_crash(self, value):
+        rows = chain_rows([("a", "b", "c"), ("a", "b", "c")])
+        for key in ("ts", "actor", "action", "payload"):
+            fault = lm.find_chain_fault([dataclasses.replace(rows[0], **{key: value}), rows[1]])
+            assert "row 1 " in fault
+
+    @pytest.mark.parametrize(("ts", "actor", "action", "payload", "line"), [
+        ("2025-10-04T08:15:59.999Z", "system", "canary_promote", '{"canaryId": "canary_1"}',
+         '[2025-10-04 08:15] actor=system action=canary_promote details={"canaryId":"canary_1"}'),
+        ("2025-10-04 08:15:00", None, "a", None, "[2025-10-04 08:15] actor=system action=a details={}"),
+        ("2025-10-04T10:15:00+02:00", "mcp", "a", "", "[2025-10-04 08:15] actor=mcp action=a details={}"),
+        ("2025-10-04 08:15:00", "a", "b", "no json", '[2025-10-04 08:15] actor=a action=b details={"raw":"no json"}'),
+        ("2025-10-04 08:15:00", "a", "b", '{"a":NaN}', '[2025-10-04 08:15] actor=a action=b details={"raw":"{\\"a\\":NaN}"}'),
+        ("2025-10-04 08:15:00", "a", "b", '{"a":1e999}', '[2025-10-04 08:15] actor=a action=b details={"raw":"{\\"a\\":1e999}"}'),
+        ("2025-10-04 08:15:00", "x y", "b c", '{"\u00e9":1}', '[2025-10-04 08:15] actor=x_y action=b_c details={"\\u00e9":1}'),
+        ("yesterday", "a", "b", "{}", "[1970-01-01 00:00] actor=a action=b details={}")])
+    def test_narrative_lines(self, ts, actor, action, payload, line):
+        assert lm.narrative_line(ts, actor, action, payload) == line
+
+    @hypothesis.given(st.text(max_size=10), st.text(max_size=10), st.text(max_size=30) | st.builds(
+        json.dumps, ANY_JSON), st.sampled_from(["\n", "\u2028", "\u2029", "\u202e", "\x85", '"', "] actor=x", "\x1b[2K", ""]))
+    def test_no_text_can_forge_a_line(self, actor, action, payload, evil):
+        payload = json.dumps({"message": evil + payload}) if evil else payload
+        line = lm.narrative_line("2025-10-04T08:15:00.000Z", actor + evil, action + evil, payload)
+        match = NARRATIVE_LINE.fullmatch(line)
+        assert match and line.isascii() and line.isprintable() and len(line.splitlines()) == 1
+        json.loads(match[1])
+
+
+# ==============================================================================
+# 12. Tables -- the original's database opens, everything else is left alone
+# uses: Front, Fakes
+# ==============================================================================
+
+
+#: What the original makes on its first start.
+ORIGINAL_TABLES = """
+CREATE TABLE jobs (job_id TEXT PRIMARY KEY, task_id TEXT NOT NULL, config_id TEXT NOT NULL, status TEXT NOT NULL,
+  started_at TEXT NOT NULL, updated_at TEXT NOT NULL, result_json TEXT);
+CREATE TABLE models (model_id TEXT PRIMARY KEY, promoted INTEGER NOT NULL DEFAULT 0, promoted_at TEXT);
+CREATE TABLE model_gates (model_id TEXT NOT NULL, gate TEXT NOT NULL, PRIMARY KEY (model_id, gate),
+  FOREIGN KEY (model_id) REFERENCES models(model_id) ON DELETE CASCADE);
+CREATE TABLE audits (id INTEGER PRIMARY KEY AUTOINCREMENT, ts TEXT NOT NULL, actor TEXT, action TEXT NOT NULL,
+  payload_json TEXT);
+CREATE TABLE canaries (canary_id TEXT PRIMARY KEY, model_id TEXT NOT NULL, from_gate TEXT NOT NULL,
+  to_gate TEXT NOT NULL, status TEXT NOT NULL, created_at TEXT NOT NULL, updated_at TEXT NOT NULL, policy_json TEXT NOT NULL);
+CREATE TABLE canary_metrics (id INTEGER PRIMARY KEY AUTOINCREMENT, canary_id TEXT NOT NULL,
+  created_at DATETIME DEFAULT CURRENT_TIMESTAMP, latency_p95_ms REAL, error_rate REAL, gate TEXT,
+  source TEXT DEFAULT 'sloMonitor', raw_data TEXT);
+CREATE TABLE audits_narrative (id INTEGER PRIMARY KEY AUTOINCREMENT, created_at DATETIME DEFAULT CURRENT_TIMESTAMP,
+  event_type TEXT NOT NULL, entity_id TEXT, entity_type TEXT, message TEXT NOT NULL, operator TEXT, context TEXT);
+"""
+#: What it leaves there: an eval, a dry run, a model with two gates, canaries of which one still waits.
+ORIGINAL_ROWS = """
+INSERT INTO jobs VALUES ('job_0000000a','task-1','cfg-1','COMPLETED','2025-06-01T10:00:00.396Z','2025-06-01T10:00:01.897Z',
+  '{"taskId":"task-1","configId":"cfg-1","metrics":{"accuracy":0.91},"artifacts":[]}');
+INSERT INTO jobs VALUES ('job_0000000b','task-2','cfg-2','DRY_RUN','2025-06-01T10:00:02.000Z','2025-06-01T10:00:02.000Z',NULL);
+INSERT INTO jobs VALUES ('job_0000000c','5','6','RUNNING','2025-06-01T10:00:03.000Z','2025-06-01T10:00:03.500Z',NULL);
+INSERT INTO models VALUES ('model-a',1,'2025-06-01T10:01:00.000Z');
+INSERT INTO model_gates VALUES ('model-a','stage'), ('model-a','prod');
+INSERT INTO audits VALUES
+  (1,'2025-06-01T10:00:29.584Z','mcp','promote_model','{"modelId":"model-a","gate":"stage"}'),
+  (2,'2025-06-01T10:00:33.382Z','mcp','canary_abort','{"canaryId":"canary_0000000a","modelId":"model-a"}'),
+  (3,'2025-06-01T10:01:00.000Z',NULL,'canary_promote','{"modelId":"model-a","fromGate":"stage","toGate":"prod","metrics":{"latency_p95_ms":137.8,"error_rate":0.0037}}');
+INSERT INTO canaries VALUES
+  ('canary_0000000a','model-a','stage','prod','ROLLED_BACK','2025-06-01T10:00:33.073Z','2025-06-01T10:00:33.417Z',
+   '{"windowSeconds":300,"targets":{"latency_p95_ms":250,"max_error_rate":0.02}}'),
+  ('canary_0000000b','model-a','stage','prod','PROMOTED','2025-06-01T10:00:34.000Z','2025-06-01T10:01:00.000Z',
+   '{"windowSeconds":20,"targets":{"latency_p95_ms":250,"max_error_rate":0.02}}'),
+  ('canary_0000000c','model-a','stage','prod','PENDING','2025-06-01T10:00:35.000Z','2025-06-01T10:00:35.000Z',
+   '{"windowSeconds":300,"targets":{}}');
+INSERT INTO canary_metrics VALUES
+  (1,'canary_0000000b','2025-06-01 10:00:44',NULL,NULL,'unknown','sloMonitor','"2025-06-01T10:00:44.109Z"'),
+  (2,'canary_0000000b','2025-06-01 10:00:54',NULL,NULL,'unknown','sloMonitor','"2025-06-01T10:00:54.112Z"');
+INSERT INTO audits_narrative VALUES
+  (1,'2025-06-01 10:00:00','queued','job_0000000a','job','eval "task-1" \u2192 queued for processing','system',NULL),
+  (2,'2025-06-01 10:00:01','completed','job_0000000a','job','eval "task-1" \u2192 completed successfully','system',NULL),
+  (3,'2025-06-01 10:00:34','started','canary_0000000b','canary','canary model-a \u2192 stage to prod (SLO monitoring)','system',NULL);
+"""
+ORIGINAL_NAMES = ("jobs", "models", "model_gates", "audits", "canaries", "canary_metrics", "audits_narrative")
+
+
+def make_database(path, *scripts, journal="delete"):
+    """A database file with the given statements, closed."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA journal_mode={journal}")
+        for script in scripts:
+            connection.executescript(script)
+        connection.commit()
+    return path
+
+
+def make_original(folder, name="original.db"):
+    """The original's database in a folder, WAL as the original leaves it."""
+    return make_database(folder / name, ORIGINAL_TABLES, ORIGINAL_ROWS, journal="wal")
+
+
+def read_rows(path, sql, *values):
+    """The rows of a query, by a connection that can only read."""
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        return connection.execute(sql, values).fetchall()
+
+
+def change_rows(path, sql, *values):
+    """One statement by a foreign hand."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute(sql, values)
+        connection.commit()
+
+
+def open_and_close(path, **options):
+    """Bring a database up as the server does at its start."""
+    lm.open_database(str(path), lm.SystemClock(), **options).close()
+
+
+def run_python(code, *arguments):
+    """A process that runs a script which knows `lm`; its stdout is a pipe."""
+    prelude = f"import sys; sys.path[:0] = [{str(HERE)!r}]\nimport asyncio, lukhas_mcp as lm\n"
+    return subprocess.Popen([*python_command(), "-c", prelude + code, *map(str, arguments)], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+
+
+class TestTables:
+    """The file."""
+
+    def test_a_new_file_has_the_originals_tables_exactly(self, tmp_path):
+        open_and_close(tmp_path / "new.db")
+        make_database(tmp_path / "old.db", ORIGINAL_TABLES)
+        for name in ORIGINAL_NAMES:
+            old = read_rows(tmp_path / "old.db", f"PRAGMA table_info({name})")
+            new = read_rows(tmp_path / "new.db", f"PRAGMA table_info({name})")
+            assert new[:len(old)] == old, "the same columns, types and defaults in the same order"
+            assert all(row[3] == 0 and row[4] is None for row in new[len(old):]), "what we add is nullable"
+            assert (read_rows(tmp_path / "new.db", f"PRAGMA foreign_key_list({name})")
+                    == read_rows(tmp_path / "old.db", f"PRAGMA foreign_key_list({name})"))
+        assert read_rows(tmp_path / "new.db", "PRAGMA journal_mode") == [("wal",)]
+        assert lm.verify_file(str(tmp_path / "new.db")) is None
+
+    def test_the_originals_database_opens_and_keeps_every_value(self, tmp_path):
+        path = make_original(tmp_path)
+        columns = {name: ", ".join(row[1] for row in read_rows(path, f"PRAGMA table_info({name})"))
+                   for name in ORIGINAL_NAMES}
+        before = {name: read_rows(path, f"SELECT {columns[name]} FROM {name}") for name in ORIGINAL_NAMES}
+        for _ in range(3):
+            open_and_close(path)
+        after = {name: read_rows(path, f"SELECT {columns[name]} FROM {name}") for name in ORIGINAL_NAMES}
+        (adoption,) = after["audits"][3:]
+        assert after | {"audits": after["audits"][:3]} == before
+        assert adoption[2:4] == ("system", "audit_adopt") and adoption[0] == 4
+        details = json.loads(adoption[4])
+        assert (details["rows"], details["from"], details["to"]) == (3, 1, 3) and "3 audit rows" in details["message"]
+        assert lm.verify_file(str(path)) is None
+        change_rows(path, "UPDATE audits SET payload_json='{}' WHERE id=2")
+        assert "1 to 3" in lm.verify_file(str(path))
+
+    def test_rows_that_the_original_adds_later_are_adopted_too(self, tmp_path):
+        path = make_original(tmp_path)
+        open_and_close(path)
+        change_rows(path, "INSERT INTO audits (ts, actor, action, payload_json) VALUES ('2025-06-02T00:00:00.000Z', 'mcp', "
+                          "'promote_model', '{}')")
+        assert "row 5 has no hash" in lm.verify_file(str(path))
+        open_and_close(path)
+        assert lm.verify_file(str(path)) is None
+        assert read_rows(path, "SELECT id, action FROM audits WHERE id>4") == [(5, "promote_model"), (6, "audit_adopt")]
+
+    def test_a_trimmed_original_is_no_fault(self, tmp_path):
+        """The counter of the ids remembers rows that somebody deleted before we came."""
+        path = make_original(tmp_path)
+        change_rows(path, "DELETE FROM audits WHERE id>1")
+        open_and_close(path)
+
+        async def story():
+            async with contextlib.AsyncExitStack() as stack:
+                store = lm.Store(str(path), lm.SystemClock())
+                store.start()
+                stack.push_async_callback(store.stop)
+                for _ in range(2):
+                    await store.write(lambda tx: tx.record(lm.AuditRecord(lm.SYSTEM_ACTOR, "act", ("a",), "m")))
+        run_async(story())
+        assert lm.verify_file(str(path)) is None
+
+    def test_the_original_still_works_on_a_file_of_ours(self, tmp_path):
+        path = tmp_path / "ours.db"
+        open_and_close(path)
+        for sql, values in (
+                ("INSERT INTO jobs (job_id, task_id, config_id, status, started_at, updated_at, result_json) "
+                 "VALUES (?,?,?,?,?,?,?) ON CONFLICT(job_id) DO UPDATE SET status=excluded.status",
+                 ("job_1", "t", "c", "QUEUED", "2025", "2025", None)),
+                ("UPDATE jobs SET status=?, updated_at=?, result_json=? WHERE job_id=?", ("COMPLETED", "2026", "{}", "job_1")),
+                ("INSERT INTO models (model_id, promoted, promoted_at) VALUES (?,?,?) ON CONFLICT(model_id) DO UPDATE SET "
+                 "promoted=excluded.promoted", ("m", 1, "2025")),
+                ("INSERT OR IGNORE INTO model_gates (model_id, gate) VALUES (?,?)", ("m", "prod")),
+                ("INSERT INTO audits (ts, actor, action, payload_json) VALUES (?,?,?,?)", ("2025", "mcp", "a", "{}")),
+                ("INSERT INTO canaries (canary_id, model_id, from_gate, to_gate, status, created_at, updated_at, policy_json) "
+                 "VALUES (?,?,?,?,?,?,?,?)", ("canary_1", "m", "a", "b", "PENDING", "2025", "2025", "{}")),
+                ("UPDATE canaries SET status=?, updated_at=? WHERE canary_id=?", ("RUNNING", "2026", "canary_1")),
+                ("INSERT INTO canary_metrics (canary_id, latency_p95_ms, error_rate, gate, source, raw_data) "
+                 "VALUES (?,?,?,?,?,?)", ("canary_1", 1.5, 0.1, "b", "prometheus", "{}")),
+                ("INSERT INTO audits_narrative (event_type, entity_id, entity_type, message, operator, context) "
+                 "VALUES (?,?,?,?,?,?)", ("queued", "job_1", "job", "text", "system", None))):
+            change_rows(path, sql, *values)
+        assert read_rows(path, "SELECT * FROM canary_metrics")[0][2], "created_at has its default"
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA foreign_keys=ON")
+            connection.execute("DELETE FROM models")
+            assert not connection.execute("SELECT * FROM model_gates").fetchall(), "gates go with their model"
+
+    @pytest.mark.parametrize(("name", "content", "words"), [
+        ("text", b"this is no database, it is a text of some length\n" * 40, "no SQLite database"),
+        ("short", b"x", "no SQLite database"), ("zeros", b"\0" * 4096, "no SQLite database"),
+        ("truncated", b"SQLite format 3\0", "no SQLite database")])
+    def test_what_is_no_database_is_left_alone(self, tmp_path, name, content, words):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(lm.ConfigError) as caught:
+            open_and_close(path)
+        assert repr(str(path)) in caught.value.message and words in caught.value.message
+        assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+
+    @pytest.mark.parametrize("journal", ["delete", "wal"])
+    @pytest.mark.parametrize(("script", "words"), [
+        ("CREATE TABLE users (id INTEGER PRIMARY KEY, name TEXT); INSERT INTO users VALUES (1, 'a')", "another program"),
+        ("CREATE TABLE jobs (id INTEGER PRIMARY KEY, payload TEXT)", "another program"),
+        (ORIGINAL_TABLES + "DROP TABLE canaries", "another program"),
+        (ORIGINAL_TABLES + "PRAGMA user_version=9", "newer version"), ("PRAGMA user_version=9", "newer version")])
+    def test_a_foreign_or_newer_database_is_left_alone(self, tmp_path, script, words, journal):
+        path = make_database(tmp_path / "foreign.db", script, journal=journal)
+        before = path.read_bytes()
+        with pytest.raises(lm.ConfigError) as caught:
+            open_and_close(path)
+        assert repr(str(path)) in caught.value.message and words in caught.value.message
+        assert path.read_bytes() == before
+
+    def test_an_empty_file_becomes_a_database(self, tmp_path):
+        (tmp_path / "empty.db").touch()
+        open_and_close(tmp_path / "empty.db")
+        assert lm.verify_file(str(tmp_path / "empty.db")) is None
+
+    def test_places_where_no_database_can_be(self, tmp_path):
+        with pytest.raises(lm.ConfigError, match="nowhere does not exist"):
+            open_and_close(tmp_path / "nowhere" / "x.db")
+        (tmp_path / "folder.db").mkdir()
+        with pytest.raises(lm.ConfigError, match="folder.db"):
+            open_and_close(tmp_path / "folder.db")
+
+    def test_strange_names_are_names(self, tmp_path):
+        for name in ("a?mode=memory", "a%20b", "a#b", "\u00e9 '\".db"):
+            for _ in range(2):
+                open_and_close(tmp_path / name)
+            assert (tmp_path / name).stat().st_size > 0
+
+    @pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs"])
+    def test_a_network_file_system_is_refused_unless_the_journal_allows(self, tmp_path, monkeypatch, kind):
+        mounts = tmp_path / "mounts"
+        mounts.write_text(f"/dev/root / ext4 rw 0 0\nserver:/x {tmp_path} {kind} rw 0 0\n")
+        monkeypatch.setattr(lm, "open", lambda path, *rest, **more: open(
+            mounts if path == "/proc/self/mounts" else path, *rest, **more), raising=False)
+        with pytest.raises(lm.ConfigError) as caught:
+            open_and_close(tmp_path / "x.db")
+        assert kind in caught.value.message and "LUKHAS_MCP_JOURNAL=delete" in caught.value.message
+        assert not (tmp_path / "x.db").exists()
+        open_and_close(tmp_path / "x.db", journal="delete")
+        assert read_rows(tmp_path / "x.db", "PRAGMA journal_mode") == [("delete",)]
+
+    def test_a_failed_upgrade_leaves_the_file_as_it_was(self, tmp_path, monkeypatch):
+        path = make_original(tmp_path)
+        schema = read_rows(path, "SELECT * FROM sqlite_master ORDER BY name")
+        monkeypatch.setattr(lm, "adopt_rows", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            open_and_close(path)
+        assert read_rows(path, "SELECT * FROM sqlite_master ORDER BY name") == schema
+        assert read_rows(path, "PRAGMA user_version") == [(0,)]
+        monkeypatch.undo()
+        open_and_close(path)
+        assert lm.verify_file(str(path)) is None
+
+    def test_two_processes_may_bring_it_up_at_once(self, tmp_path):
+        path = make_original(tmp_path)
+        processes = [run_python("lm.open_database(sys.argv[1], lm.SystemClock()).close()", path) for _ in range(3)]
+        assert [(process.communicate(timeout=30)[0], process.returncode) for process in processes] == [("", 0)] * 3
+        assert lm.verify_file(str(path)) is None
+        assert read_rows(path, "SELECT count(*) FROM audits") == [(4,)]
+
+    def test_verifying_changes_nothing(self, tmp_path):
+        """Also not by moving what stands in the write-ahead log of a process that died."""
+        path = make_original(tmp_path)
+        code = "c = lm.open_database(sys.argv[1], lm.SystemClock()); print('up', flush=True); sys.stdin.read()"
+        process = run_python(code, path)
+        assert process.stdout.readline() == "up\n"
+        process.kill()
+        process.communicate()
+        before = {one.name: one.read_bytes() for one in tmp_path.iterdir() if not one.name.endswith("-shm")}
+        assert len(before["original.db-wal"]) > 0
+        assert lm.verify_file(str(path)) is None
+        assert {one.name: one.read_bytes() for one in tmp_path.iterdir() if not one.name.endswith("-shm")} == before
+
+    @pytest.mark.parametrize(("content", "words"), [(None, "no file"), (b"no database" * 99, "read")])
+    def test_verifying_what_is_no_database(self, tmp_path, content, words):
+        if content:
+            (tmp_path / "x").write_bytes(content)
+        with pytest.raises(lm.ConfigError, match=words):
+            lm.verify_file(str(tmp_path / "x"))
+
+    def test_verifying_the_originals_file_before_it_was_ever_opened(self, tmp_path):
+        with pytest.raises(lm.ConfigError, match="no chained audit rows: the original"):
+            lm.verify_file(str(make_original(tmp_path)))
+
+    @pytest.mark.parametrize("value", [b"\x00\xff", 5, None])
+    def test_verifying_survives_values_of_other_types(self, tmp_path, value):
+        path = make_original(tmp_path)
+        open_and_close(path)
+        for column in ("ts", "action", "actor", "payload_json"):
+            with contextlib.suppress(sqlite3.IntegrityError):
+                change_rows(path, f"UPDATE audits SET {column}=? WHERE id=4", value)
+                assert lm.verify_file(str(path))
+
+
+# ==============================================================================
+# 13. Policy -- which arguments make which policy, and what is refused in which words
 # uses: Front, Fakes
 # ==============================================================================
 
@@ -2299,7 +2970,7 @@ class TestPolicy:
 
 
 # ==============================================================================
-# 10. Statistics -- tails against exact sums, the sequential test against its promise
+# 14. Statistics -- tails against exact sums, the sequential test against its promise
 # uses: Front, Fakes
 # ==============================================================================
 
@@ -2360,7 +3031,7 @@ class TestStatistics:
 
 
 # ==============================================================================
-# 11. Judge -- verdicts on written samples, and the promises measured on the simulator
+# 15. Judge -- verdicts on written samples, and the promises measured on the simulator
 # uses: Front, Fakes, Policy
 # ==============================================================================
 
@@ -2604,13 +3275,13 @@ class TestJudge:
 
 
 # ==============================================================================
-# 12. Promql -- queries filled in and criticised, answers read
+# 16. Promql -- queries filled in and criticised, answers read
 # uses: Front
 # ==============================================================================
 
 
-SEED_LAT = ('histogram_quantile(0.95, sum(rate(http_request_duration_seconds_bucket{job="matriz"}[5m])) by (le)) '
-            '* 1000')
+SEED_LAT = ('histogram_quantile(0.95, sum(rate(http_request_duration_seconds_bucket{job="matriz"}[5m])) '
+            'by (le)) * 1000')
 SEED_ERR = ('sum(rate(http_requests_total{job="matriz",status=~"5.."}[5m])) / '
             'sum(rate(http_requests_total{job="matriz"}[5m]))')
 BETTER_SEED_ERR = ('(sum(rate(http_requests_total{job="matriz",status=~"5.."}[5m])) or vector(0)) / '
@@ -2621,13 +3292,13 @@ ORIGINAL_ERR = ('sum(rate(model_errors_total{gate="$__gate"}[$__window])) / '
 
 def make_question(**fields: object) -> lm.Question:
     """A question with plain values, some of them replaced."""
-    plain = lm.Question(canary_id="canary_1", model_id="m", from_gate="staging", gate="production", window_s=30,
-                        target_ms=250.0, timeout_s=2.0, at_s=1_750_000_000.0)
+    plain = lm.Question(canary_id="canary_1", model_id="m", from_gate="staging", gate="production",
+                        window_s=30, target_ms=250.0, timeout_s=10.0, at_s=1_750_000_000.0)
     return dataclasses.replace(plain, **fields)
 
 
 def take_strings_out(query: str) -> tuple[str, list[str]]:
-    """The query with every string literal emptied, and the decoded literals; a walk of its own, by character."""
+    """The query with every string literal emptied, and the decoded literals; a walk by character."""
     bones, strings, at = "", [], 0
     while at < len(query):
         quote = query[at]
@@ -2646,7 +3317,7 @@ def take_strings_out(query: str) -> tuple[str, list[str]]:
     return bones, strings
 
 
-def vector(*values: str, **labels: str) -> dict:
+def prom_vector(*values: str, **labels: str) -> dict:
     """An instant vector as Prometheus writes it."""
     return {"status": "success", "data": {"resultType": "vector", "result": [
         {"metric": labels, "value": [1.5, value]} for value in values]}}
@@ -2673,13 +3344,15 @@ class TestPromql:
         ('x{g="$__gate"}', 'a"b', 'x{g="a\\"b"}'), ('x{g="$__gate"}', "a\\", 'x{g="a\\\\"}'),
         ('x{g="$__gate"}', "a\nb", 'x{g="a\\u000ab"}'), ("x{g='$__gate'}", "it's", "x{g='it\\'s'}"),
         ('x{g="$__gate"}', "it's", 'x{g="it\'s"}'),  # Go takes \\' between double quotes for an error
-        ('x{g=~"$__gate"}', "a.b+c", 'x{g=~"a\\\\.b\\\\+c"}'), ('x{g!~ "$__gate"}', "a|b", 'x{g!~ "a\\\\|b"}'),
+        ('x{g=~"$__gate"}', "a.b+c", 'x{g=~"a\\\\.b\\\\+c"}'),
+        ('x{g!~ "$__gate"}', "a|b", 'x{g!~ "a\\\\|b"}'),
         ("x{g=~`$__gate`}", "a.b", "x{g=~`a\\.b`}"), ('x{g!="$__gate"}', "a.b", 'x{g!="a.b"}')])
     def test_ids_are_escaped_for_string_and_regex(self, template, gate, filled):
         assert lm.fill_query(template, make_question(gate=gate)) == filled
 
     @pytest.mark.parametrize("template, gate, names", [
-        ("up_$__gate", "x", "between quotes"), ("$__gate", "x", "between quotes"), ("x{g=$__gate}", "x", "quotes"),
+        ("up_$__gate", "x", "between quotes"), ("$__gate", "x", "between quotes"),
+        ("x{g=$__gate}", "x", "quotes"),
         ('x{g="$__gate', "x", "quotes"), ("rate(x[$__interval])", "x", "$__interval"),
         ("x{g=`$__gate`}", "a`b", "can't be written"), ('x{g="$__gate"}', "\ud800", "can't be written")])
     def test_what_cannot_be_filled_safely_is_refused(self, template, gate, names):
@@ -2698,8 +3371,8 @@ class TestPromql:
         assert re.fullmatch(strings[1].removeprefix("^").removesuffix("$"), model)
         assert re.fullmatch(strings[3], "a" + gate)
 
-    @hypothesis.given(st.text(alphabet="$_gatewindow\"'`\\{}[]()=~ #\n1m", max_size=40), st.from_regex(lm.ID_PATTERN,
-                                                                                                       fullmatch=True))
+    @hypothesis.given(st.text(alphabet="$_gatewindow\"'`\\{}[]()=~ #\n1m", max_size=40),
+                      st.from_regex(lm.ID_PATTERN, fullmatch=True))
     def test_any_template_is_filled_or_refused(self, template, gate):
         try:
             assert isinstance(lm.fill_query(template, make_question(gate=gate)), str)
@@ -2709,17 +3382,21 @@ class TestPromql:
     @pytest.mark.parametrize("query, range_s", [
         ("up", None), ("rate(x[5m])", 300), ("rate(x[$__window])", None), (SEED_LAT, 300), (SEED_ERR, 300),
         ('x{a="[5m]"}', None), ("x{a='[5m]'}", None), ("x # [5m]", None), ("rate(x[1h30m])", 5400),
-        ("rate(x[500ms])", 0.5), ("rate(x[90])", 90), ("rate(x[1m]) + rate(y[10m])", 600), ("x offset 10m", 600),
+        ("rate(x[500ms])", 0.5), ("rate(x[90])", 90), ("rate(x[1m]) + rate(y[10m])", 600),
+        ("x offset 10m", 600),
         ("rate(x[5m] offset 1h)", 3900), ("max_over_time(rate(x[5m])[10m:30s])", 900),
-        ("max_over_time(rate(x[5m])[10m:30s] offset 1m)", 960), ("max_over_time((rate(x[1m]) + rate(y[5m]))[1h:])", 3900),
-        ("sum by (le) (rate(x[2m]))", 120), ("sum(rate(x[2m])) by (le)", 120), ("rate(x[$__window] offset 5m)", 300),
+        ("max_over_time(rate(x[5m])[10m:30s] offset 1m)", 960),
+        ("max_over_time((rate(x[1m]) + rate(y[5m]))[1h:])", 3900),
+        ("sum by (le) (rate(x[2m]))", 120), ("sum(rate(x[2m])) by (le)", 120),
+        ("rate(x[$__window] offset 5m)", 300),
         ("a[1m] and on (x) b[2m]", 120), (")((", None), ("", None), ("x[", None), ("rate(x[1w])", 604800)])
     def test_literal_ranges(self, query, range_s):
         assert lm.literal_range_s(query) == range_s
 
     @pytest.mark.parametrize("queries, attribution", [
         (('x{g="$__gate"}', 'y{m="$__model"}'), "gate"), (('x{m="$__model"}', 'y{c="$__canary"}'), "model"),
-        (('x{g="$__gate",m="$__model"}',), "model"), (("x", 'y{m="$__model"}'), "none"), (("x # $__gate",), "none"),
+        (('x{g="$__gate",m="$__model"}',), "model"), (("x", 'y{m="$__model"}'), "none"),
+        (("x # $__gate",), "none"),
         ((SEED_LAT, SEED_ERR), "none"), (('x{g="$__from"}',), "none")])
     def test_attribution_is_that_of_the_weakest(self, queries, attribution):
         assert lm.attribution_of(*queries) == attribution
@@ -2731,8 +3408,10 @@ class TestPromql:
                        'sum(rate(model_requests_total{gate="$__gate"}[$__window]))'),
         ("sum(a)/sum(b)", "(sum(a) or vector(0)) / sum(b)"),
         ('sum(a{x="/"}) / sum(b)', '(sum(a{x="/"}) or vector(0)) / sum(b)'),
-        (BETTER_SEED_ERR, None), ("sum(a) by (job) / sum(b) by (job)", None), ("sum by (job) (a) / sum(b)", None),
-        ("sum(a) / sum(b) * 100", None), ("sum(a) / sum(b) / sum(c)", None), ("sum(a)", None), ("a / b", None),
+        (BETTER_SEED_ERR, None), ("sum(a) by (job) / sum(b) by (job)", None),
+        ("sum by (job) (a) / sum(b)", None),
+        ("sum(a) / sum(b) * 100", None), ("sum(a) / sum(b) / sum(c)", None), ("sum(a)", None),
+        ("a / b", None),
         ("sum(a) + sum(b)", None), ("sum(a) or vector(0)", None), ("avg(a) / sum(b)", None), ("", None),
         ("sum(a) / clamp_min(b, 1)", None), ("sum(a / b)", None)])
     def test_better_error_query(self, query, better):
@@ -2741,8 +3420,10 @@ class TestPromql:
     @pytest.mark.parametrize("query, series", [
         (SEED_LAT, 'http_request_duration_seconds_bucket{job="matriz", le="+Inf"}'),
         ("histogram_quantile(0.95, sum by (le) (rate(lat_bucket[5m])))", 'lat_bucket{le="+Inf"}'),
-        ('sum(lat_bucket{le="1"})', 'lat_bucket{le="1"}'), ('job:p95{gate="$__gate",}', 'job:p95{gate="$__gate"}'),
-        ("sum(rate(a_sum[1m])) / sum(rate(a_count[1m]))", "a_sum"), ('{__name__="x", a="}"}', '{__name__="x", a="}"}'),
+        ('sum(lat_bucket{le="1"})', 'lat_bucket{le="1"}'),
+        ('job:p95{gate="$__gate",}', 'job:p95{gate="$__gate"}'),
+        ("sum(rate(a_sum[1m])) / sum(rate(a_count[1m]))", "a_sum"),
+        ('{__name__="x", a="}"}', '{__name__="x", a="}"}'),
         ("sum by (job) (up offset 5m)", "up"), ("scalar(x) + y", "x"), ("sum without (a, b) (c)", "c")])
     def test_freshness_is_asked_of_the_first_series(self, query, series):
         asked = lm.freshness_query(query, 12.5)
@@ -2753,51 +3434,63 @@ class TestPromql:
         assert lm.freshness_query(query, 30) is None
 
     def test_bounds_are_asked_of_a_histogram_only(self):
-        assert lm.bounds_query(SEED_LAT) == 'count by (le) (http_request_duration_seconds_bucket{job="matriz"})'
+        found = lm.bounds_query(SEED_LAT)
+        assert found == 'count by (le) (http_request_duration_seconds_bucket{job="matriz"})'
         assert lm.bounds_query("up") is lm.bounds_query('x_bucket{le="1"}') is lm.bounds_query("") is None
 
     @pytest.mark.parametrize("document, ceiling, value, missing", [
-        (vector("0.25"), 1, 0.25, ""), (vector("0"), 1, 0.0, ""), (vector("1"), 1, 1.0, ""), (vector("-0"), 1, 0.0, ""),
-        (vector("1e3"), math.inf, 1000.0, ""), (vector(), 1, None, "empty"), (vector("NaN"), 1, None, "nan"),
-        (vector("+Inf"), 1, None, "inf"), (vector("-Inf"), 1, None, "inf"), (vector("1e999"), 1, None, "inf"),
-        (vector("-1"), 1, None, "negative"), (vector("1.01"), 1, None, "out_of_range"),
-        (vector("yes"), 1, None, "bad_type"), (vector("1_0"), 1, None, "bad_type"), (vector(""), 1, None, "bad_type"),
-        (vector("٣"), 1, None, "bad_type"), (vector(" 1"), 1, None, "bad_type"),
+        (prom_vector("0.25"), 1, 0.25, ""), (prom_vector("0"), 1, 0.0, ""), (prom_vector("1"), 1, 1.0, ""),
+        (prom_vector("-0"), 1, 0.0, ""),
+        (prom_vector("1e3"), math.inf, 1000.0, ""), (prom_vector(), 1, None, "empty"),
+        (prom_vector("NaN"), 1, None, "nan"),
+        (prom_vector("+Inf"), 1, None, "inf"), (prom_vector("-Inf"), 1, None, "inf"),
+        (prom_vector("1e999"), 1, None, "inf"),
+        (prom_vector("-1"), 1, None, "negative"), (prom_vector("1.01"), 1, None, "out_of_range"),
+        (prom_vector("yes"), 1, None, "bad_type"), (prom_vector("1_0"), 1, None, "bad_type"),
+        (prom_vector(""), 1, None, "bad_type"),
+        (prom_vector("٣"), 1, None, "bad_type"), (prom_vector(" 1"), 1, None, "bad_type"),
         ({"status": "success", "data": {"resultType": "scalar", "result": [1, "3"]}}, 9, 3.0, ""),
         ({"status": "success", "data": {"resultType": "matrix", "result": []}}, 1, None, "bad_type"),
         ({"status": "success", "data": {"resultType": "string", "result": [1, "3"]}}, 1, None, "bad_type"),
-        ({"status": "success", "data": {"resultType": "vector", "result": [{"metric": {}, "value": [1, 3]}]}}, 9, None,
+        ({"status": "success", "data": {"resultType": "vector", "result": [{"metric": {}, "value": [1, 3]}]}},
+         9, None,
          "bad_type"),
-        ({"status": "success", "data": {"resultType": "vector", "result": [{"metric": {}, "histogram": []}]}}, 9, None,
+        ({"status": "success", "data": {"resultType": "vector", "result": [{"metric": {}, "histogram": []}]}},
+         9, None,
          "bad_type"),
         ({"status": "success", "data": {"resultType": "vector", "result": [None]}}, 9, None, "bad_type"),
         ({"status": "error", "errorType": "timeout", "error": "x"}, 1, None, "error"),
-        ({"status": "success"}, 1, None, "malformed"), ({}, 1, None, "malformed"), (None, 1, None, "malformed"),
+        ({"status": "success"}, 1, None, "malformed"), ({}, 1, None, "malformed"),
+        (None, 1, None, "malformed"),
         ([], 1, None, "malformed"), ("x", 1, None, "malformed"), (3, 1, None, "malformed")])
     def test_answers_and_their_classes(self, document, ceiling, value, missing):
         assert lm.read_vector(document, ceiling)[:2] == (value, missing)
 
     @pytest.mark.parametrize("values, value, missing", [
-        (("1", "2"), 2.0, ""), (("NaN", "2"), 2.0, ""), (("NaN", "NaN"), None, "nan"), (("1", "+Inf"), None, "inf"),
+        (("1", "2"), 2.0, ""), (("NaN", "2"), 2.0, ""), (("NaN", "NaN"), None, "nan"),
+        (("1", "+Inf"), None, "inf"),
         (("-1", "-2"), None, "negative"), (("-1", "2"), 2.0, ""), (("1", "x"), None, "bad_type")])
     def test_of_several_series_the_largest_counts_with_a_warning(self, values, value, missing):
-        found = lm.read_vector(vector(*values))
+        found = lm.read_vector(prom_vector(*values))
         assert found[:2] == (value, missing)
         assert ("2 series" in found[2]) == (missing != "bad_type")
 
-    json_values = st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.sampled_from(
-        ["success", "vector", "scalar", "NaN", "1"]), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-            st.sampled_from(["status", "data", "resultType", "result", "metric", "value"]), inner, max_size=6))
+    json_values = st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=5)
+        | st.sampled_from(["success", "vector", "scalar", "NaN", "1"]),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+            st.sampled_from(["status", "data", "resultType", "result", "metric", "value"]), inner,
+            max_size=6))
 
     @hypothesis.given(json_values, st.lists(st.text(max_size=8) | st.floats().map(str), max_size=4))
     def test_whatever_comes_is_a_finite_number_or_a_class(self, document, texts):
-        for one in (document, vector(*texts), {"status": "success", "data": document}):
+        for one in (document, prom_vector(*texts), {"status": "success", "data": document}):
             value, missing, _ = lm.read_vector(one, 1.0)
             assert (value is None) == bool(missing) and (value is None or 0 <= value <= 1)
 
 
 # ==============================================================================
-# 13. Prometheus -- PromQL asked over HTTP in bounded threads, a Reading answered
+# 17. Prometheus -- PromQL asked over HTTP in bounded threads, a Reading answered
 # uses: Front, Fakes, Promql
 # ==============================================================================
 
@@ -2858,7 +3551,8 @@ class ScriptedPrometheus:
         parameters = {name: values[0] for name, values in parse_qs(url.query).items()}
         query = parameters.get("query", "")
         self.asked.append((query, parameters.get("time", ""), dict(handler.headers)))
-        answer = next((answer for part, answer in self.script.items() if part in query or part == url.path), [])
+        answer = next((answer for part, answer in self.script.items() if part in query or part == url.path),
+                      [])
         with contextlib.suppress(OSError):
             self._answer(handler, answer(query) if callable(answer) else answer)
 
@@ -2869,13 +3563,14 @@ class ScriptedPrometheus:
         if isinstance(answer, (int, float)):
             answer = [str(answer)]
         if isinstance(answer, list):
-            answer = vector(*answer)
+            answer = prom_vector(*answer)
         status, body, *more = answer if isinstance(answer, tuple) else (200, answer)
         encoded = (body if isinstance(body, str) else json.dumps(body)).encode()
         self._send_head(handler, status, len(encoded), more[0] if more else {})
         handler.wfile.write(encoded)
 
-    def _send_head(self, handler: Any, status: int, length: int, headers: Mapping[str, str] | None = None) -> None:
+    def _send_head(self, handler: Any, status: int, length: int,
+                   headers: Mapping[str, str] | None = None) -> None:
         handler.send_response(status)
         for name, value in {"Content-Length": str(length), **(headers or {})}.items():
             handler.send_header(name, value)
@@ -2976,7 +3671,8 @@ class Exporter:
         return "".join(f"{line}{at}\n" if line[0] != "#" else line + "\n" for line in self._lines())
 
     def _lines(self) -> Iterator[str]:
-        for name, labels, unit in (("model_latency", 'gate="production",', 1), ("http_request_duration_seconds", "", 1000)):
+        for name, labels, unit in (("model_latency", 'gate="production",', 1),
+                                   ("http_request_duration_seconds", "", 1000)):
             yield f"# TYPE {name} histogram"
             for bound_ms, count in self._buckets.items():
                 le = "+Inf" if bound_ms == float("inf") else f"{bound_ms / unit:g}"
@@ -3010,7 +3706,8 @@ class RealPrometheus:
     def start(self) -> RealPrometheus:
         """Start the program and wait until it is ready."""
         command = [require("prometheus"), f"--config.file={self.folder / 'prom.yml'}",
-                   f"--storage.tsdb.path={self.folder / 'tsdb'}", f"--web.listen-address=127.0.0.1:{self.port}",
+                   f"--storage.tsdb.path={self.folder / 'tsdb'}",
+                   f"--web.listen-address=127.0.0.1:{self.port}",
                    "--log.level=warn"]
         with open(self.folder / "prometheus.log", "ab") as out:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
@@ -3050,7 +3747,8 @@ def ask_sampler(url: str, work: Callable[[Any], Any] | None = None, question: lm
     question = question or make_question()
 
     async def ask() -> Any:
-        sampler = lm.PrometheusSampler(lm.Config(prom_url=url, **settings), lm.SystemClock())
+        config = lm.Config(prom_url=url, **({"prom_timeout_ms": 10_000} | settings))
+        sampler = lm.PrometheusSampler(config, lm.SystemClock())
         try:
             return await (work(sampler) if work else sampler.read(question))
         finally:
@@ -3073,27 +3771,36 @@ class TestPrometheus:
 
     @pytest.mark.parametrize("answer, missing", [
         ([], "empty"), (["NaN"], "nan"), (["+Inf"], "inf"), (["-Inf"], "inf"), ([str(-3)], "negative"),
-        (["much"], "bad_type"), ({"status": "success", "data": {"resultType": "matrix", "result": []}}, "bad_type"),
-        ({"status": "success"}, "malformed"), ({"status": "error", "errorType": "timeout", "error": "x"}, "error"),
+        (["much"], "bad_type"),
+        ({"status": "success", "data": {"resultType": "matrix", "result": []}}, "bad_type"),
+        ({"status": "success"}, "malformed"),
+        ({"status": "error", "errorType": "timeout", "error": "x"}, "error"),
         ((200, '{"status":"success","data":{"resultType"'), "malformed"), ((200, ""), "malformed"),
-        ((200, "NaN"), "malformed"), ((200, "[" * 5000), "malformed"), ((200, "<html>Sign in</html>"), "html"),
-        ((500, {"status": "error", "errorType": "internal", "error": "x"}), "http_500"), ((503, "busy"), "http_503"),
+        ((200, "NaN"), "malformed"), ((200, "[" * 5000), "malformed"),
+        ((200, "<html>Sign in</html>"), "html"),
+        ((500, {"status": "error", "errorType": "internal", "error": "x"}), "http_500"),
+        ((503, "busy"), "http_503"),
         ((400, FAILED), "http_400"), ((422, FAILED), "http_422"), ((404, "404 page not found\n"), "http_404"),
         ((204, ""), "http_204"), ((401, ""), "http_401"), ((302, ""), "redirect"),
         ((302, "", {"Location": "http://127.0.0.2:9/api/v1/query"}), "redirect"),
         ((302, "", {"Location": "http://127.0.0.1:9/api/v1/query"}), "redirect"),
         ((302, "", {"Location": "https://127.0.0.1/api/v1/query"}), "redirect"),
-        ((302, "", {"Location": "ftp://["}), "redirect"), ((302, "", {"Location": "/api/v1/query?query=histogram_quantile"}),
+        ((302, "", {"Location": "ftp://["}), "redirect"),
+        ((302, "", {"Location": "/api/v1/query?query=histogram_quantile"}),
                                                           "redirect"),
-        ([str(value) for value in range(501)], "too_large"), ("truncated", "truncated"), ("huge", "too_large"),
-        ("reset", "reset"), ("close", "reset"), ("hang", "timeout"), ("drip", "timeout"), ("drip_head", "timeout")])
+        ([str(value) for value in range(501)], "too_large"), ("truncated", "truncated"),
+        ("huge", "too_large"),
+        ("reset", "reset"), ("close", "reset"), ("hang", "timeout"), ("drip", "timeout"),
+        ("drip_head", "timeout")])
     def test_every_bad_answer_is_missing_with_its_class(self, answer, missing):
-        with ScriptedPrometheus({"timestamp(": [], "histogram_quantile": answer, "or vector(0)": 0.25}) as prometheus:
+        with ScriptedPrometheus({"timestamp(": [], "histogram_quantile": answer,
+                                 "or vector(0)": 0.25}) as prometheus:
             began_s = time.monotonic()
-            reading = ask_sampler(prometheus.url, prom_timeout_ms=400)
-            assert time.monotonic() - began_s < 2
+            reading = ask_sampler(prometheus.url, prom_timeout_ms=800 if missing == "timeout" else 5000)
+            assert time.monotonic() - began_s < 10
         assert (reading.latency_p95_ms, reading.error_rate, reading.missing) == (None, 0.25, missing)
-        assert reading.facts["queries"]["lat"]["class"] == missing and reading.facts["queries"]["err"]["class"] == "ok"
+        queries = reading.facts["queries"]
+        assert (queries["lat"]["class"], queries["err"]["class"]) == (missing, "ok")
 
     def test_a_healthy_answer_is_a_reading_with_its_evidence(self):
         with ScriptedPrometheus(HEALTHY) as prometheus:
@@ -3102,14 +3809,15 @@ class TestPrometheus:
         assert (reading.latency_p95_ms, reading.error_rate, reading.missing) == (80.0, 0.001, None)
         assert reading.counters is None and reading.source == "prometheus"
         fact = reading.facts["queries"]["lat"]
-        assert fact["query"] == ('histogram_quantile(0.95, sum(rate(model_latency_bucket{gate="production"}[30s])) '
-                                 'by (le))')
+        assert fact["query"] == ('histogram_quantile(0.95, sum(rate(model_latency_bucket{gate="production"}'
+                                 '[30s])) by (le))')
         assert (fact["status"], fact["raw"], fact["class"]) == (200, "80", "ok") and fact["ms"] >= 0
         assert reading.facts["attribution"] == "gate" and reading.facts["range_s"] is None
         assert times == {"1750000000.000"}
         assert json.dumps(reading.facts, allow_nan=False)
 
-    @pytest.mark.parametrize("url, missing", [("https://127.0.0.1:{port}", "tls"), ("http://127.0.0.1:{closed}", "refused"),
+    @pytest.mark.parametrize("url, missing",
+                             [("https://127.0.0.1:{port}", "tls"), ("http://127.0.0.1:{closed}", "refused"),
                                               ("http://a..b:9", "dns")])
     def test_who_cannot_be_reached_is_missing_with_its_class(self, url, missing):
         with ScriptedPrometheus(HEALTHY) as prometheus:
@@ -3118,8 +3826,9 @@ class TestPrometheus:
 
     def test_tls_is_checked_against_the_systems_authorities(self, tmp_path, monkeypatch):
         key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
-        subprocess.run([require("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out",
-                        certificate, "-days", "2", "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"],
+        subprocess.run([require("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key,
+                        "-out", certificate, "-days", "2", "-subj", "/CN=test", "-addext",
+                        "subjectAltName=IP:127.0.0.1"],
                        check=True, capture_output=True)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, key)
@@ -3130,18 +3839,21 @@ class TestPrometheus:
             assert ask_sampler(prometheus.url, prom_q_lat="slow", prom_timeout_ms=300).missing == "timeout"
 
     def test_a_ratio_over_one_is_out_of_range_and_a_series_too_many_a_warning(self):
-        with ScriptedPrometheus({"timestamp(": [], "histogram": ["10", "30"], "or vector": 1.5}) as prometheus:
+        with ScriptedPrometheus({"timestamp(": [], "histogram": ["10", "30"],
+                                 "or vector": 1.5}) as prometheus:
             reading = ask_sampler(prometheus.url)
         assert (reading.latency_p95_ms, reading.error_rate, reading.missing) == (30.0, None, "out_of_range")
         assert reading.facts["warnings"] == ["lat: 2 series, the largest counts; aggregate with max or sum"]
 
     def test_prometheus_own_warnings_are_kept(self):
-        with ScriptedPrometheus(HEALTHY | {"or vector(0)": vector("0") | {"warnings": ["partial response"]}}) as prometheus:
+        warned = prom_vector("0") | {"warnings": ["partial response"]}
+        with ScriptedPrometheus(HEALTHY | {"or vector(0)": warned}) as prometheus:
             assert ask_sampler(prometheus.url).facts["warnings"] == ["err: partial response"]
 
     def test_one_redirect_on_the_same_host_is_followed(self):
         with ScriptedPrometheus({"/moved": 7}) as prometheus:
-            prometheus.script |= {"timestamp(": [], "histogram": (307, "", {"Location": "/moved?query=other"}),
+            prometheus.script |= {"timestamp(": [],
+                                  "histogram": (307, "", {"Location": "/moved?query=other"}),
                                   "or vector": 0}
             assert ask_sampler(prometheus.url).latency_p95_ms == 7.0
 
@@ -3156,13 +3868,15 @@ class TestPrometheus:
             assert ask_sampler(prometheus.url).missing is None
 
     @pytest.mark.parametrize("answer", [
-        80, (401, f"no {TOKEN}"), (400, {"status": "error", "errorType": TOKEN, "error": "x" * 290 + TOKEN}), [TOKEN],
-        (200, f"<html>{TOKEN}"), {"status": "success", "data": {"resultType": TOKEN}}, vector("1") | {"warnings": [TOKEN]},
+        80, (401, f"no {TOKEN}"), (400, {"status": "error", "errorType": TOKEN, "error": "x" * 290 + TOKEN}),
+        [TOKEN],
+        (200, f"<html>{TOKEN}"), {"status": "success", "data": {"resultType": TOKEN}},
+        prom_vector("1") | {"warnings": [TOKEN]},
         (302, "", {"Location": f"http://other/{TOKEN}"}), "hang", "reset"])
     def test_the_token_goes_to_prometheus_and_nowhere_else(self, answer, caplog):
         caplog.set_level("DEBUG")
         with ScriptedPrometheus({"timestamp(": [], "histogram": answer, "or vector": 0}) as prometheus:
-            reading = ask_sampler(prometheus.url, prom_bearer=TOKEN, prom_timeout_ms=200)
+            reading = ask_sampler(prometheus.url, prom_bearer=TOKEN, prom_timeout_ms=400)
             headers = prometheus.asked[0][2]
         assert headers["Authorization"] == "Bearer " + TOKEN
         assert TOKEN not in repr(reading) and TOKEN[:12] not in repr(reading) and TOKEN not in caplog.text
@@ -3174,7 +3888,8 @@ class TestPrometheus:
         assert reading.missing is None and "s%40crt" not in repr(reading)
 
     @pytest.mark.parametrize("settings, named", [
-        ({"prom_url": "prometheus:9090"}, "PROM_URL"), ({"prom_url": ""}, "PROM_URL"), ({"prom_url": "http://[x"}, "PROM_URL"),
+        ({"prom_url": "prometheus:9090"}, "PROM_URL"), ({"prom_url": ""}, "PROM_URL"),
+        ({"prom_url": "http://[x"}, "PROM_URL"),
         ({"prom_url": "http://x:99999"}, "PROM_URL"), ({"prom_url": "http://x/a b"}, "PROM_URL"),
         ({"prom_url": "http://x", "prom_bearer": "a\nX: b"}, "PROM_BEARER"),
         ({"prom_url": "http://x", "prom_bearer": "clé"}, "PROM_BEARER")])
@@ -3197,7 +3912,8 @@ class TestPrometheus:
 
     def test_the_same_query_at_the_same_time_is_asked_once(self):
         async def work(sampler: Any) -> list[Any]:
-            first = await asyncio.gather(*(sampler.read(make_question(canary_id=f"canary_{n}")) for n in range(20)))
+            first = await asyncio.gather(*(sampler.read(make_question(canary_id=f"canary_{n}"))
+                                           for n in range(20)))
             again = await sampler.read(make_question(canary_id="later"))
             other = await sampler.read(make_question(at_s=1_750_000_010.0))
             return [*first, again, other]
@@ -3224,22 +3940,27 @@ class TestPrometheus:
             return time.monotonic() - began_s, {reading.missing for reading in readings}
 
         with ScriptedPrometheus({"": "hang"}) as prometheus:
-            took_s, classes = ask_sampler(prometheus.url, work, prom_timeout_ms=2000)
-        assert classes == {"timeout"} and took_s < 1.5
+            took_s, classes = ask_sampler(prometheus.url, work, prom_timeout_ms=20_000)
+        assert classes == {"timeout"} and took_s < 10
 
     def test_threads_are_free_again_after_a_server_that_drips(self):
         async def work(sampler: Any) -> list[str | None]:
             first = await asyncio.gather(*(sampler.read(make_question(gate=f"g{n}")) for n in range(8)))
             healthy.set()
-            return [one.missing for one in (*first, await sampler.read(make_question()))]
+            for tick in range(20):  # a busy machine may need more than one
+                last = await sampler.read(make_question(at_s=1_750_000_010.0 + tick))
+                if not last.missing:
+                    break
+            return [one.missing for one in (*first, last)]
 
         healthy = threading.Event()
-        with ScriptedPrometheus({"timestamp": [], "": lambda query: 1 if healthy.is_set() else "drip"}) as prometheus:
+        with ScriptedPrometheus({"timestamp": [],
+                                 "": lambda query: 1 if healthy.is_set() else "drip"}) as prometheus:
             assert ask_sampler(prometheus.url, work, prom_timeout_ms=500) == ["timeout"] * 8 + [None]
 
     def test_after_the_stop_readings_are_missing(self):
         async def work(sampler: Any) -> list[str | None]:
-            task = asyncio.ensure_future(sampler.read(make_question()))
+            task = asyncio.ensure_future(sampler.read(make_question(timeout_s=30.0)))
             while not prometheus.asked:
                 await asyncio.sleep(0.01)
             await sampler.stop()
@@ -3247,8 +3968,8 @@ class TestPrometheus:
 
         with ScriptedPrometheus({"": "hang"}) as prometheus:
             began_s = time.monotonic()
-            assert ask_sampler(prometheus.url, work) == ["stopped", "stopped"]
-        assert time.monotonic() - began_s < 2
+            assert ask_sampler(prometheus.url, work, prom_timeout_ms=30_000) == ["stopped", "stopped"]
+        assert time.monotonic() - began_s < 10
 
     @pytest.mark.parametrize("answers, counters, missing", [
         ({"requests": 100, "failed": 3, "fast": 90}, (100, 3, 10), None),
@@ -3279,31 +4000,39 @@ class TestPrometheus:
         assert BETTER_SEED_ERR in reading.facts["hint"] and "hint" not in silent.facts
         assert (reading.facts["range_s"], reading.facts["attribution"]) == (300, "none")
 
-    @pytest.mark.parametrize("requests, error_rate, missing", [(10, 0.0, None), (0, None, "empty"), ([], None, "empty"),
+    @pytest.mark.parametrize("requests, error_rate, missing",
+                             [(10, 0.0, None), (0, None, "empty"), ([], None, "empty"),
                                                                (["NaN"], None, "empty")])
-    def test_an_empty_error_query_is_zero_only_with_traffic_and_where_chosen(self, requests, error_rate, missing):
+    def test_an_empty_error_query_is_zero_only_with_traffic_and_where_chosen(self, requests, error_rate,
+                                                                             missing):
         script = {"histogram": 80, "requests": requests}
         with ScriptedPrometheus(script) as prometheus:
-            reading = ask_sampler(prometheus.url, prom_q_req="requests", prom_q_err="failures", prom_err_empty="zero_if_traffic")
-            assert ask_sampler(prometheus.url, prom_q_req="requests", prom_q_err="failures").missing == "empty"
+            reading = ask_sampler(prometheus.url, prom_q_req="requests", prom_q_err="failures",
+                                  prom_err_empty="zero_if_traffic")
+            assert ask_sampler(prometheus.url, prom_q_req="requests",
+                               prom_q_err="failures").missing == "empty"
         assert (reading.error_rate, reading.missing) == (error_rate, missing)
         assert ("derived" in reading.facts) == (error_rate == 0)
 
     @pytest.mark.parametrize("marks, missing, age_s", [
-        ({"newest": 1_750_000_000 - 10, "count": 2}, None, 10), ({"newest": 1_750_000_000 - 34, "count": 2}, "stale", 34),
+        ({"newest": 1_750_000_000 - 10, "count": 2}, None, 10),
+        ({"newest": 1_750_000_000 - 34, "count": 2}, "stale", 34),
         ({"newest": 1_750_000_000 - 12, "count": 18}, "stale", 12), ({"count": 2}, "stale", None),
         ({"newest": 1_750_000_000 - 80}, None, 80), ({"newest": 1_750_000_000 - 100}, "stale", 100),
-        ({"newest": 1_750_000_000 + 3, "count": 30}, None, 0), ({"newest": 150}, None, None), ({"": 150}, None, None),
+        ({"newest": 1_750_000_000 + 3, "count": 30}, None, 0), ({"newest": 150}, None, None),
+        ({"": 150}, None, None),
         ({"": 1_750_000_000 - 1000}, None, None), ({}, None, None)])
     def test_old_samples_are_stale_and_implausible_marks_mean_nothing(self, marks, missing, age_s):
-        rows = [{"metric": {"about": about} if about else {}, "value": [0, str(value)]} for about, value in marks.items()]
+        rows = [{"metric": {"about": about} if about else {}, "value": [0, str(value)]}
+                for about, value in marks.items()]
         document = {"status": "success", "data": {"resultType": "vector", "result": rows}}
         with ScriptedPrometheus({"timestamp(": document} | HEALTHY) as prometheus:
             reading = ask_sampler(prometheus.url)
         assert (reading.missing, reading.facts.get("age_s")) == (missing, age_s)
         assert (reading.latency_p95_ms is None) == (reading.error_rate is None) == (missing == "stale")
 
-    @pytest.mark.parametrize("answer, missing", [(5, None), (90, None), (91, "stale"), ([], "stale"), (["NaN"], "nan"),
+    @pytest.mark.parametrize("answer, missing",
+                             [(5, None), (90, None), (91, "stale"), ([], "stale"), (["NaN"], "nan"),
                                                  ((500, ""), "http_500")])
     def test_the_operators_own_age_is_believed(self, answer, missing):
         with ScriptedPrometheus({"age": answer, "timestamp(": []} | HEALTHY) as prometheus:
@@ -3324,14 +4053,16 @@ class TestPrometheus:
             {"metric": {"le": le}, "value": [0, "1"]} for le in ("0.1", "0.2", "0.5", "+Inf")]}}
         script = {"count by (le)": bounds, "timestamp(": [], "histogram": 180, "status": [], "total": []}
         with ScriptedPrometheus(script) as prometheus:
-            found = ask_sampler(prometheus.url, lambda sampler: sampler.check(make_question()), prom_q_lat=SEED_LAT,
+            found = ask_sampler(prometheus.url, lambda sampler: sampler.check(make_question()),
+                                prom_q_lat=SEED_LAT,
                                 prom_q_err=SEED_ERR)
             assert prometheus.count("histogram_quantile") == 1
         assert found["bounds"] == {"below_ms": 200, "above_ms": 500, "at_target": False}
         assert (found["latency_p95_ms"], found["missing"], found["range_s"]) == (180.0, "empty", 300)
         assert BETTER_SEED_ERR in found["hint"] and found["queries"]["lat"]["query"] == SEED_LAT
         text = " ".join(found["warnings"])
-        for part in ("$__gate nor $__model", "300 s", "PROM_Q_FRESH", "no bucket bound equals the target 250 ms"):
+        for part in ("$__gate nor $__model", "300 s", "PROM_Q_FRESH",
+                     "no bucket bound equals the target 250 ms"):
             assert part in text
         assert json.dumps(found, allow_nan=False)
 
@@ -3339,7 +4070,8 @@ class TestPrometheus:
 
     def test_a_real_service_is_read(self, watched):
         prometheus, exporter = watched
-        reading = wait_until(lambda: (found := ask_sampler(prometheus.url, question=now_question())).missing is None
+        reading = wait_until(lambda: (found := ask_sampler(prometheus.url,
+                                                           question=now_question())).missing is None
                              and found, 30, "a reading")
         assert 50 < reading.latency_p95_ms <= 100 and reading.error_rate == 0
         assert reading.facts["age_s"] < 2
@@ -3347,7 +4079,8 @@ class TestPrometheus:
                    "the true interval")
         seed = ask_sampler(prometheus.url, question=now_question(), prom_q_lat=SEED_LAT, prom_q_err=SEED_ERR)
         assert 50 < seed.latency_p95_ms <= 100 and seed.missing == "empty"
-        better = ask_sampler(prometheus.url, question=now_question(), prom_q_lat=SEED_LAT, prom_q_err=BETTER_SEED_ERR)
+        better = ask_sampler(prometheus.url, question=now_question(), prom_q_lat=SEED_LAT,
+                             prom_q_err=BETTER_SEED_ERR)
         assert BETTER_SEED_ERR in seed.facts["hint"] and (better.missing, better.error_rate) == (None, 0.0)
 
     def test_real_counters_and_bounds(self, watched):
@@ -3355,7 +4088,8 @@ class TestPrometheus:
         counters = {"prom_q_req": 'sum(model_requests_total{gate="$__gate"})',
                     "prom_q_errcount": 'sum(model_errors_total{gate="$__gate"})',
                     "prom_q_fast": 'sum(http_request_duration_seconds_bucket{le=~"$__target_s"})'}
-        reading = wait_until(lambda: (found := ask_sampler(prometheus.url, question=now_question(), **counters)).counters
+        reading = wait_until(lambda: (found := ask_sampler(prometheus.url, question=now_question(),
+                                                           **counters)).counters
                              and found, 30, "counters")
         requests, errors, slow = reading.counters
         assert requests % 100 == 0 and requests >= 100 and (errors, slow) == (0, 0)
@@ -3367,9 +4101,10 @@ class TestPrometheus:
         prometheus, _ = watched
         template = 'label_replace(vector(1), "got", "$__gate", "", "")'
         filled = lm.fill_query(template, make_question(gate=gate))
-        with urllib.request.urlopen(prometheus.url + "/api/v1/query?" + urlencode({"query": filled})) as response:
+        address = prometheus.url + "/api/v1/query?" + urlencode({"query": filled})
+        with urllib.request.urlopen(address) as response:
             assert json.load(response)["data"]["result"][0]["metric"] == {"got": gate}
-        matched = f'{template} and on () label_replace(vector(1), "got", "$__gate", "", "") unless on (got) x{{g=~"$__gate"}}'
+        matched = f'{template} unless on (got) x{{g=~"$__gate"}}'
         assert ask_sampler(prometheus.url, question=now_question(gate=gate), prom_q_lat=matched,
                            prom_q_err="vector(0)").latency_p95_ms == 1.0
 
@@ -3382,13 +4117,14 @@ class TestPrometheus:
         prometheus, exporter = watched
 
         def read() -> lm.Reading:
-            return ask_sampler(prometheus.url, question=now_question(), prom_q_lat=SEED_LAT, prom_q_err=BETTER_SEED_ERR)
+            return ask_sampler(prometheus.url, question=now_question(), prom_q_lat=SEED_LAT,
+                               prom_q_err=BETTER_SEED_ERR)
 
         wait_until(lambda: read().missing is None, 30, "a healthy reading")
         exporter.stop()
         began_s = time.monotonic()
         reading = wait_until(lambda: (found := read()).missing and found, 10, "the end of the exporter")
-        assert reading.missing == "stale" and time.monotonic() - began_s < 5
+        assert reading.missing == "stale" and time.monotonic() - began_s < 10
         assert reading.facts["queries"]["lat"]["class"] == reading.facts["queries"]["err"]["class"] == "ok"
         assert reading.latency_p95_ms is None and reading.error_rate is None
         exporter.start()
@@ -3405,7 +4141,8 @@ class TestPrometheus:
             prometheus.start()
             wait_until(lambda: exporter.scrapes > 10 and read().missing is None, 30, "a healthy reading")
             exporter.stop()
-            reading = wait_until(lambda: (found := read()).missing and found, 30, "the age of the newest sample")
+            reading = wait_until(lambda: (found := read()).missing and found, 30,
+                                 "the age of the newest sample")
         finally:
             prometheus.stop()
             exporter.stop()
@@ -3422,7 +4159,7 @@ class TestPrometheus:
 
 
 # ==============================================================================
-# 14. Embedded -- samples from observations that clients push; random ones for demonstrations
+# 18. Embedded -- samples from observations that clients push; random ones for demonstrations
 # uses: Front, Fakes, Promql
 # ==============================================================================
 
@@ -3473,7 +4210,8 @@ class TestEmbedded:
         for shape in shapes:
             embedded = lm.ObservationSampler(FakeClock())
             read_embedded(embedded, target_ms=80.0)
-            assert embedded.observe("production", None, {k: v for k, v in shape.items() if k != "gate"}, "ci") == 10
+            assert embedded.observe("production", None, {k: v for k, v in shape.items() if k != "gate"},
+                                    "ci") == 10
             reading = read_embedded(embedded, target_ms=80.0)
             assert reading.latency_p95_ms == pytest.approx(80.0, abs=1e-3)
             assert (reading.error_rate, reading.requests, reading.counters) == (0.1, 10.0, (10.0, 1.0, 0.0))
@@ -3544,18 +4282,22 @@ class TestEmbedded:
         assert (reading.facts["by_key"], reading.facts["excluded"]) == ({"probe": 10}, 100)
 
     @pytest.mark.parametrize("document, parts", [
-        (None, ("an observation is missing", "JSON object")), ([], ("a list of 0",)), ({}, ("gate is missing",)),
+        (None, ("an observation is missing", "JSON object")), ([], ("a list of 0",)),
+        ({}, ("gate is missing",)),
         ({"gate": "a b", "latency_ms": [1], "errors": 0}, ("gate is 'a b'", "letters, digits")),
         ({"gate": True, "latency_ms": [1], "errors": 0}, ("gate is True",)),
         (observed(modelId="", latency_ms=[1], errors=0), ("modelId is ''",)),
         (observed(), ("exactly one of requests, latency_ms, counts", "none")),
         (observed(requests=[], counts={}), ("requests and counts",)),
-        (observed(requests=[]), ("requests is a list of 0", "1 to 10000")), (observed(requests={}), ("an object of 0",)),
+        (observed(requests=[]), ("requests is a list of 0", "1 to 10000")),
+        (observed(requests={}), ("an object of 0",)),
         (observed(requests=[3]), ("requests[0] is 3", "latency_ms and ok")),
-        (observed(requests=[{"latency_ms": 1, "ok": True}, {"latency_ms": 1}]), ("requests[1].ok is missing", "true or false")),
+        (observed(requests=[{"latency_ms": 1, "ok": True}, {"latency_ms": 1}]),
+         ("requests[1].ok is missing", "true or false")),
         (observed(requests=[{"latency_ms": 1, "ok": 1}]), ("requests[0].ok is 1",)),
         (observed(requests=[{"ok": True}]), ("requests[0].latency_ms is missing",)),
-        (observed(requests=[{"latency_ms": -1, "ok": True}]), ("requests[0].latency_ms is -1", "from 0 to 86400000")),
+        (observed(requests=[{"latency_ms": -1, "ok": True}]),
+         ("requests[0].latency_ms is -1", "from 0 to 86400000")),
         (observed(requests=[{"latency_ms": "1", "ok": True}]), ("is '1'",)),
         (observed(requests=[{"latency_ms": math.nan, "ok": True}]), ("is nan",)),
         (observed(requests=[{"latency_ms": 10 ** 400, "ok": True}]), ("requests[0].latency_ms",)),
@@ -3564,14 +4306,18 @@ class TestEmbedded:
         (observed(latency_ms=[1, 2], errors=3), ("errors is 3", "0 to 2")),
         (observed(latency_ms=[1, 2], errors=0.5), ("errors is 0.5", "whole number")),
         (observed(latency_ms=[1] * 10001, errors=0), ("latency_ms is a list of 10001", "use counts")),
-        (observed(counts=[]), ("counts is a list of 0",)), (observed(counts={"requests": 1}), ("counts.errors is missing",)),
+        (observed(counts=[]), ("counts is a list of 0",)),
+        (observed(counts={"requests": 1}), ("counts.errors is missing",)),
         (observed(counts={"requests": 1, "errors": 0}), ("counts.buckets is missing", "bounds in ms")),
         (counted(1, 0, {}), ("counts.buckets is an object of 0",)),
-        (counted(1, 2, {"1": 1}), ("counts.errors is 2", "0 to 1")), (counted(-1, 0, {"1": 1}), ("counts.requests is -1",)),
-        (counted(10 ** 12, 0, {"1": 1}), ("counts.requests",)), (counted(5, 0, {"1": 6}), ("buckets['1'] is 6", "0 to 5")),
+        (counted(1, 2, {"1": 1}), ("counts.errors is 2", "0 to 1")),
+        (counted(-1, 0, {"1": 1}), ("counts.requests is -1",)),
+        (counted(10 ** 12, 0, {"1": 1}), ("counts.requests",)),
+        (counted(5, 0, {"1": 6}), ("buckets['1'] is 6", "0 to 5")),
         (counted(5, 0, {"10": 4, "20": 3}), ("buckets['20'] is 3", "from 4 on", "cumulative")),
         (counted(5, 0, {"10": 4, "+Inf": 4}), ("buckets['+Inf'] is 4", "the number of requests")),
-        (counted(5, 0, {"ten": 4}), ("'ten'", "milliseconds")), (counted(5, 0, {"0": 4}), ("'0'", "over 0 ms")),
+        (counted(5, 0, {"ten": 4}), ("'ten'", "milliseconds")),
+        (counted(5, 0, {"0": 4}), ("'0'", "over 0 ms")),
         (counted(5, 0, {"10": 4, "10.0": 5}), ("every bound once",)), (counted(5, 0, {"nan": 4}), ("'nan'",)),
         (counted(5, 0, {str(n): 5 for n in range(1, 202)}), ("an object of 201", "1 to 200"))])
     def test_bad_arguments_are_refused_by_name(self, embedded, document, parts):
@@ -3591,7 +4337,7 @@ class TestEmbedded:
         gate = embedded._gates["production"]
         assert gate.weight <= 50_000 and gate.weight == sum(batch.weight for batch in gate.batches)
         reading = read_embedded(embedded, window_s=100)
-        assert reading.requests == 40_000 and reading.latency_p95_ms == 39.0 and reading.facts["covers_s"] == 5
+        assert (reading.requests, reading.latency_p95_ms, reading.facts["covers_s"]) == (40_000, 39.0, 5)
 
     def test_many_small_calls_are_folded(self, embedded):
         for n in range(3000):
@@ -3632,7 +4378,8 @@ class TestEmbedded:
         tallies = embedded._gates["production"].tallies
         assert len(tallies) == 64 and min(target_ms for _, _, target_ms in tallies) == 116
 
-    @hypothesis.given(st.lists(st.floats(0, 1e6, allow_nan=False), min_size=1, max_size=60), st.floats(0.01, 1))
+    @hypothesis.given(st.lists(st.floats(0, 1e6, allow_nan=False), min_size=1, max_size=60),
+                      st.floats(0.01, 1))
     def test_the_quantile_of_single_latencies_is_one_of_them(self, latencies_ms, share):
         found = lm.quantile_ms(share, lm.Doubles("d", latencies_ms), {})
         assert found == sorted(latencies_ms)[max(0, math.ceil(share * len(latencies_ms) - 1e-9) - 1)]
@@ -3657,7 +4404,8 @@ class TestEmbedded:
 
     json_values = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=4),
                                lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
-                                   ["latency_ms", "ok", "requests", "errors", "buckets", "100", "+Inf"]), inner, max_size=4),
+                                   ["latency_ms", "ok", "requests", "errors", "buckets", "100", "+Inf"]),
+                                   inner, max_size=4),
                                max_leaves=12)
 
     @hypothesis.given(st.fixed_dictionaries({"gate": st.just("g")}, optional={
@@ -3675,21 +4423,23 @@ class TestEmbedded:
     def test_a_dry_run_shows_the_reading(self, embedded):
         embedded.observe_document(pushed(10), "ci")
         found = run_async(embedded.check(make_question()))
-        assert (found["source"], found["latency_p95_ms"], found["missing"], found["requests"]) == ("embedded", 100.0, None, 10)
+        assert (found["source"], found["latency_p95_ms"], found["missing"],
+                found["requests"]) == ("embedded", 100.0, None, 10)
         assert embedded.has_counters({})
 
     def test_the_stub_labels_what_it_makes_up(self):
         sampler = lm.StubSampler(chance=random.Random(7).random)
         for _ in range(50):
             reading = run_async(sampler.read(make_question()))
-            assert reading.source == "stub" and reading.facts["stub"] is True and "nothing was measured" in reading.facts["warnings"][0]
+            assert reading.source == "stub" and reading.facts["stub"] is True
+            assert "nothing was measured" in reading.facts["warnings"][0]
             assert 120 <= reading.latency_p95_ms <= 220 and 0 <= reading.error_rate <= 0.01
         assert reading.counters is None and not sampler.has_counters({})
         assert run_async(lm.StubSampler().check(make_question()))["stub"] is True
 
 
 # ==============================================================================
-# 15. Watch -- ticks on their grid, samples as they are stored, decisions as they are told
+# 19. Watch -- ticks on their grid, samples as they are stored, decisions as they are told
 # uses: Front, Fakes
 # ==============================================================================
 
@@ -3796,8 +4546,8 @@ class TestWatch:
 
     @pytest.mark.parametrize("reading, missing, asked_source, raw", [
         (None, "empty", "prometheus", [None, None]),
-        ((math.nan, 0.0), "empty", "prometheus", None),
-        ((100.0, math.inf), "empty", "prometheus", None),
+        ((math.nan, 0.0), "nan", "prometheus", [None, 0.0]),
+        ((100.0, math.inf), "inf", "prometheus", [100.0, None]),
         (lm.Reading(None, None, "embedded", "no_data", facts={"hint": "use observe"}), "no_data", "embedded", [None, None]),
         (lm.Reading(120.0, 0.0, "prometheus", "stale"), "stale", "prometheus", [120.0, 0.0])])
     def test_a_tick_without_a_value_is_stored_conservatively_and_never_promotes(self, tmp_path, reading, missing,
@@ -3809,7 +4559,7 @@ class TestWatch:
                 sample = canaries.store.load_samples(canary.canary_id)[0]
                 assert (sample.latency_p95_ms, sample.error_rate, sample.source) == (9999.0, 1.0, "conservative")
                 assert (sample.missing, sample.facts["asked"], sample.verdict) == (missing, asked_source, "missing")
-                assert raw is None or sample.facts["raw"] == raw
+                assert sample.facts["raw"] == raw
                 metrics = [event.body for event in canaries.told if event.step == "metric"]
                 assert [body["missing"] for body in metrics] == [missing] * 3
                 assert metrics[0]["asked"] == asked_source and "9999 ms and 1.0 stand in" in metrics[0]["narrative"]
@@ -3820,7 +4570,7 @@ class TestWatch:
     @pytest.mark.parametrize("counters, increments", [
         ([(100, 1, 5), (150, 2, 9), (190, 2, 9)], [(50, 1, 4), (40, 0, 0)]),
         ([(100, 1, 5), (30, 3, 6), (40, 3, 6)], [(30, 3, 6), (10, 0, 0)]),
-        ([(100, 50, 5), (150, 10, 9), None], [(50, 10, 4), None]),
+        ([(1000, 50, 5), (1500, 2, 9), None], [(500, 2, 4), None]),
         ([(100, 1, 5), (102, 9, 50), (103, 9, 50)], [(2, 2, 2), (1, 0, 0)]),
         ([None, (50, 1, 4), (60, 1, 4)], [None, (10, 0, 0)])])
     def test_counters_become_increments_since_the_last_reading(self, tmp_path, counters, increments):
@@ -3942,7 +4692,489 @@ class TestWatch:
 
 
 # ==============================================================================
-# 16. Children -- a command ends with everything it started, however the server ends
+# 20. Canary -- who may start, stop and approve what; and nothing is lost or decided twice
+# uses: Front, Fakes, Watch, Judge
+# ==============================================================================
+
+
+BOB = lm.Actor("bob")
+TERMINAL = ("promoted", "rolled_back", "failed")
+
+
+async def start(canaries, policy=None, actor=ADA, **changed):
+    """A canary started, not waited for."""
+    return (await canaries.control.start_canary(asked(policy, **changed), actor))[0]
+
+
+async def refusal_of(work, kind=lm.ToolError):
+    """The message of the error that a call must raise."""
+    with pytest.raises(kind) as caught:
+        await work
+    return caught.value.message
+
+
+def status_of(canaries, canary):
+    """Where a canary is, as `status` or `status reason`."""
+    found = canaries.store.find_canary(canary.canary_id)
+    return f"{found.status} {found.reason}" if found.reason else str(found.status)
+
+
+def replay(simulator, name, seed):
+    """One draw of the simulator as a sampler's script, and what our judge decides on it in-process."""
+    run = simulator.Run(simulator.BY_NAME[name], str(seed))
+    rows = {row["tick"]: row for row in run.samples(30)}
+    rule, decided = SIMULATOR_RULES[0](), None
+    for tick in sorted(rows):
+        decided = decided or rule.decide([rows[at] for at in sorted(rows) if at <= tick], run.policy)
+
+    def answer(clock):
+        def read(question):
+            tick = round(clock.passed_s / 10)
+            counters = tuple(run.canary.cumulative(clock.passed_s, 250.0))
+            row = rows.get(tick)
+            if row is None or row["missing"] or row["raw_missing"]:
+                missing = (row["missing"] or row["raw_missing"]) if row else "empty"
+                return lm.Reading(None, None, "prometheus", missing if tick else None, None if tick else counters)
+            return lm.Reading(row["latency_p95_ms"], row["error_rate"], "prometheus", None, counters, row["requests"])
+        return read
+    return answer, decided
+
+
+class TestCanary:
+    def test_a_start_answers_what_the_original_answered_and_more(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path, plan=lm.Plan(gates={"prod": lm.GateLimits("prod")})) as canaries:
+                canaries.clock.until_s = 0
+                arguments = {"modelId": "model-a", "fromGate": "stage", "toGate": "prod", "windowSeconds": 20,
+                             "targets": {"latency_p95_ms": 250, "max_error_rate": 0.02}, "reason": "friday"}
+                canary, extras = await canaries.control.start_canary(arguments, ADA)
+                document = canary.to_wire()
+                assert re.fullmatch("canary_[0-9a-z]{8}", document["canaryId"]) and document["status"] == "RUNNING"
+                assert lm.to_text(document["policy"]) == (
+                    '{"windowSeconds":20,"targets":{"latency_p95_ms":250,"max_error_rate":0.02}}')
+                assert canary.effective["mode"] == "guarded" and canary.effective["warmupSeconds"] == 4
+                assert extras == {"warnings": ["model-a does not hold the gate stage"]}
+                row = canaries.store.load_audits(canary.canary_id)[0]
+                details = lm.parse_json(row.payload.encode())
+                assert (row.actor, row.action, details["input"]["reason"]) == ("ada", "canary_start", "friday")
+                assert details["message"] == (
+                    "model-a is watched on its way from stage to prod for 20 s in 2 ticks of 10 s: p95 <= 250 ms, error "
+                    "rate <= 0.02, by rule guarded/1 (the raw counters are known)")
+                assert canaries.store.load_audits("prod") and canaries.store.load_audits("model-a")
+        run_async(work())
+
+    @pytest.mark.parametrize("changed, message", [
+        ({"toGate": None}, "modelId, fromGate, toGate are required"), ({"modelId": ""}, "are required"),
+        ({"modelId": "a b"}, "'a b' is no id"), ({"policy": {"targets": {}}}, "are both required"),
+        ({"policy": {"hooks": {}}}, "policy.hooks can't be given")])
+    def test_a_start_that_can_not_be_meant_is_refused(self, tmp_path, changed, message):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                assert message in await refusal_of(start(canaries, **changed), lm.InvalidArguments)
+                assert canaries.store.list_canaries() == []
+        run_async(work())
+
+    def test_doubts_are_told_at_the_start(self, tmp_path):
+        async def work():
+            facts = {"warnings": ["lat: 2 series"], "hint": "rewrite it", "attribution": "none"}
+            reading = lm.Reading(100.0, 0.0, "prometheus", facts=facts, counters=(0, 0, 0))
+            plan = lm.Plan(gates={"production": lm.GateLimits("production", requires=("eval:unit",))})
+            async with open_canaries(tmp_path, reading, plan=plan) as canaries:
+                _, extras = await canaries.control.start_canary(asked(toGate="prodution", fromGate="prodution"), ADA)
+                assert extras["warnings"] == [
+                    "the gate prodution has no operator limits; set [gates.prodution] in lukhas.toml; did you mean "
+                    '"production"?', "fromGate and toGate are the same gate", "lat: 2 series", "rewrite it",
+                    "the queries name neither the gate nor the model ($__gate, $__model): the numbers are of everything "
+                    "together"]
+                _, extras = await canaries.control.start_canary(asked(toGate="production"), ADA)
+                assert "gate production requires eval:unit; a canary does not check that" in extras["warnings"]
+        run_async(work())
+
+    def test_a_dry_run_asks_once_and_starts_nothing(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path, (300.0, 0.0), with_counters=False) as canaries:
+                canary, extras = await canaries.control.start_canary(asked(dryRun=True), ADA)
+                assert canary.status == "PENDING" and extras["preview"]["class"] == "breach"
+                assert extras["preview"]["latency_p95_ms"] == 300.0 and len(canaries.sampler.questions) == 1
+                bare, extras = await canaries.control.start_canary(
+                    {"modelId": "m", "fromGate": "a", "toGate": "b", "dryRun": True}, ADA)
+                assert bare.to_wire()["policy"] == {"windowSeconds": 300, "targets": {}}
+                assert any("can't be started" in warning for warning in extras["warnings"])
+                assert (await canaries.control.abort(canary.canary_id, ADA)).status == "ROLLED_BACK"
+                assert steps_of(canaries, canary.canary_id) == ["queued", "rolled_back"]
+                assert status_of(canaries, bare) == "PENDING" and canaries.store.load_samples(bare.canary_id) == []
+        run_async(work())
+
+    def test_a_dry_run_shows_what_the_sampler_checks(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                async def check(question):
+                    return {"source": "prometheus", "latency_p95_ms": None, "error_rate": None, "missing": "empty",
+                            "warnings": ["no bucket bound equals the target"], "queries": {"lat": {"query": "up"}}}
+                canaries.sampler.check = check
+                _, extras = await canaries.control.start_canary(asked(dryRun=True), ADA)
+                assert extras["preview"]["class"] == "missing (empty)"
+                assert extras["preview"]["queries"] == {"lat": {"query": "up"}}
+                assert "no bucket bound equals the target" in extras["warnings"]
+        run_async(work())
+
+    def test_a_gate_takes_one_canary_at_a_time(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canaries.clock.until_s = 0
+                first = await start(canaries)
+                told = await refusal_of(start(canaries, modelId="model-b"), lm.Conflict)
+                assert first.canary_id in told and "model-a is RUNNING" in told
+                other = await start(canaries, toGate="elsewhere")
+                assert status_of(canaries, other) == "RUNNING" and len(canaries.store.list_canaries()) == 2
+        run_async(work())
+
+    def test_the_same_start_is_the_same_canary(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canaries.clock.until_s = 0
+                first = await start(canaries, idempotencyKey="k")
+                again, extras = await canaries.control.start_canary(asked(idempotencyKey="k"), ADA)
+                assert again.canary_id == first.canary_id and first.canary_id in extras["warnings"][-1]
+                assert "other arguments" in await refusal_of(
+                    start(canaries, {"windowSeconds": 60}, idempotencyKey="k"), lm.Conflict)
+                assert "RUNNING" in await refusal_of(start(canaries, actor=BOB, idempotencyKey="k"), lm.Conflict)
+                unkeyed = await start(canaries, toGate="other")
+                assert (await start(canaries, toGate="other")).canary_id == unkeyed.canary_id
+                await canaries.control.abort(unkeyed.canary_id, ADA)
+                assert (await start(canaries, toGate="other")).canary_id != unkeyed.canary_id
+                canaries.clock.at_s += 11
+                assert "one canary at a time" in await refusal_of(start(canaries, toGate="other"), lm.Conflict)
+        run_async(work())
+
+    def test_many_equal_starts_at_once_make_one_canary(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canaries.clock.until_s = 0
+                made = await asyncio.gather(*(start(canaries, idempotencyKey="k") for _ in range(8)),
+                                            *(start(canaries, toGate="other") for _ in range(8)))
+                assert len({canary.canary_id for canary in made}) == 2
+                assert len(canaries.store.list_canaries()) == 2
+        run_async(work())
+
+    def test_an_abort_ends_it_and_a_final_one_stays_as_it_is(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canaries.clock.until_s = 55
+                canary = await start(canaries)
+                await until(lambda: len(canaries.store.load_samples(canary.canary_id)) == 5)
+                aborted = await canaries.control.abort(canary.canary_id, BOB, "wrong model")
+                assert (aborted.status, aborted.reason) == ("ROLLED_BACK", "aborted")
+                again = await canaries.control.abort(canary.canary_id, BOB)
+                assert again == aborted and steps_of(canaries, canary.canary_id)[-1] == "rolled_back"
+                rows = [row for row in canaries.store.load_audits(canary.canary_id) if row.action == "canary_abort"]
+                assert [(row.actor, lm.parse_json(row.payload.encode())["input"]) for row in rows] == [
+                    ("bob", {"reason": "wrong model"})]
+                canaries.clock.until_s = math.inf
+                promoted = await run_to_end(canaries, {"windowSeconds": 20}, toGate="x")
+                assert (await canaries.control.abort(promoted.canary_id, BOB)).status == "PROMOTED"
+                assert canaries.store.gates_of("model-a") == ["x"]
+                assert await refusal_of(canaries.control.abort("canary_none", BOB), lm.NotFound) == (
+                    "Unknown canaryId: canary_none")
+        run_async(work())
+
+    def test_an_abort_that_races_the_last_tick_leaves_one_decision(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                for at in range(30):
+                    canaries.clock.until_s = canaries.clock.passed_s + 19.9
+                    canary = await start(canaries, {"windowSeconds": 20}, toGate=f"gate-{at}")
+                    await until(lambda: canaries.store.load_samples(canary.canary_id))
+                    canaries.clock.until_s = math.inf
+                    await asyncio.sleep(random.random() * 0.006)
+                    answered = await canaries.control.abort(canary.canary_id, ADA)
+                    found = await until(lambda: (one := canaries.store.find_canary(canary.canary_id)).status.is_final
+                                        and one)
+                    steps = steps_of(canaries, canary.canary_id)
+                    assert answered.status == found.status and sum(step in TERMINAL for step in steps) == 1
+                    assert steps[-1] in TERMINAL
+                    assert (f"gate-{at}" in canaries.store.gates_of("model-a")) == (found.status == "PROMOTED")
+        run_async(work())
+
+    @pytest.mark.parametrize("name", ["healthy", "step_40", "slow_drift", "cold_start", "canary_crash", "marginal_bad",
+                                      "metric_gaps", "error_burst"])
+    def test_a_controller_killed_at_any_tick_decides_like_one_that_was_not(self, tmp_path, name):
+        answer, decided = replay(load_simulator(), name, 3)
+        chance = random.Random(name)
+
+        async def work(kill_at, folder):
+            clock = HeldClock()
+            clock.until_s = kill_at * 10 if kill_at else math.inf
+            async with open_canaries(folder, answer(clock), clock=clock) as canaries:
+                canary = await start(canaries, {"targets": {"latency_p95_ms": 250.0, "max_error_rate": 0.01}})
+                if kill_at:
+                    await until(lambda: status_of(canaries, canary) != "RUNNING"
+                                or len(canaries.store.load_samples(canary.canary_id)) >= kill_at)
+                    await canaries.control.stop()
+                    reborn = lm.CanaryController(canaries.store, clock, lm.Config(), lm.Plan(), canaries.sampler)
+                    await reborn.start()
+                    clock.until_s = math.inf
+                found = await until(lambda: (one := canaries.store.find_canary(canary.canary_id)).status.is_final
+                                    and one)
+                if kill_at:
+                    await reborn.stop()
+                samples = canaries.store.load_samples(canary.canary_id)
+                assert [sample.tick for sample in samples] == list(range(1, len(samples) + 1))
+                return str(found.status), found.reason, len(samples)
+        whole = run_async(work(0, tmp_path))
+        assert whole[0] == decided
+        for kill_at in chance.sample(range(1, whole[2]), 2):
+            folder = tmp_path / str(kill_at)
+            folder.mkdir()
+            assert run_async(work(kill_at, folder)) == whole
+
+    @pytest.mark.parametrize("down_s, decision", [(100, "PROMOTED window_end_good"), (150, "ROLLED_BACK restart_gap"),
+                                                  (10_000, "ROLLED_BACK restart_gap")])
+    def test_a_server_that_was_down_goes_on_where_half_was_seen(self, tmp_path, down_s, decision):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canaries.clock.until_s = 100
+                canary = await start(canaries)
+                await until(lambda: len(canaries.store.load_samples(canary.canary_id)) == 10)
+                await canaries.control.stop()
+                canaries.clock.until_s = math.inf
+                canaries.clock.passed_s += down_s
+                reborn = lm.CanaryController(canaries.store, canaries.clock, lm.Config(), lm.Plan(), canaries.sampler)
+                await reborn.start()
+                await until(lambda: status_of(canaries, canary) == decision)
+                await reborn.stop()
+                gap = next(one for one in canaries.store.load_samples(canary.canary_id) if one.missing)
+                assert (gap.missing, gap.tick, gap.facts["ticks"]) == ("controller_down", 9 + down_s // 10, down_s // 10 - 1)
+        run_async(work())
+
+    def test_a_deadline_that_passed_while_down_is_decided_on_fresh_samples(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canaries.clock.until_s = 250
+                canary = await start(canaries)
+                await until(lambda: len(canaries.store.load_samples(canary.canary_id)) == 25)
+                await canaries.control.stop()
+                canaries.clock.until_s = math.inf
+                canaries.clock.passed_s += 5000
+                before = len(canaries.sampler.questions)
+                reborn = lm.CanaryController(canaries.store, canaries.clock, lm.Config(), lm.Plan(), canaries.sampler)
+                await reborn.start()
+                await until(lambda: status_of(canaries, canary) == "PROMOTED window_end_good")
+                assert len(canaries.sampler.questions) == before + 3
+                await reborn.stop()
+        run_async(work())
+
+    def test_what_the_original_or_a_stranger_left_running_ends(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canaries.clock.until_s = 0
+                dry, _ = await canaries.control.start_canary(asked(dryRun=True), ADA)
+                with contextlib.closing(sqlite3.connect(tmp_path / "state.db")) as connection:
+                    for at, policy in enumerate(('{"windowSeconds":20,"targets":{"latency_p95_ms":250,'
+                                                 '"max_error_rate":0.02}}', '{"windowSeconds":20,"targets":{}}', '[]')):
+                        connection.execute(
+                            "INSERT INTO canaries (canary_id, model_id, from_gate, to_gate, status, created_at, updated_at, "
+                            "policy_json) VALUES (?,'m','a',?,'RUNNING','2025-01-01T00:00:00.000Z',"
+                            "'2025-01-01T00:00:00.000Z',?)", (f"canary_{at}", f"gate-{at}", policy))
+                    connection.execute("INSERT INTO canary_metrics (canary_id) VALUES ('canary_0')")
+                    connection.commit()
+                canaries.clock.until_s = math.inf
+                await canaries.control.start()
+                await until(lambda: not canaries.store.list_canaries(9, ("RUNNING",)))
+                left = {one.canary_id: f"{one.status} {one.reason}" for one in canaries.store.list_canaries()}
+                assert left["canary_0"] == "ROLLED_BACK restart_gap"
+                assert left["canary_1"] == left["canary_2"] == "FAILED state_lost"
+                assert left[dry.canary_id] == "PENDING None"
+                assert steps_of(canaries, "canary_1") == ["failed"]
+                for canary_id in left:
+                    assert canaries.control.explain(canary_id)["id"] == canary_id
+        run_async(work())
+
+    def test_an_approval_is_waited_for_given_once_and_by_a_second_person(self, tmp_path):
+        async def work():
+            plan = lm.Plan(gates={"prod": lm.GateLimits("prod", promote="approve")})
+            async with open_canaries(tmp_path, plan=plan) as canaries:
+                control = canaries.control
+                canaries.clock.until_s = 10
+                canary = await start(canaries, {"windowSeconds": 20})
+                assert "is RUNNING; only" in await refusal_of(control.approve(canary.canary_id, BOB), lm.Conflict)
+                canaries.clock.until_s = 40
+                await until(lambda: len(canaries.store.load_samples(canary.canary_id)) == 4)
+                assert status_of(canaries, canary) == "PAUSED window_end_good"
+                assert "second person" in await refusal_of(control.approve(canary.canary_id, ADA), lm.Conflict)
+                assert "approve_canary" in await refusal_of(control.resume(canary.canary_id, BOB), lm.Conflict)
+                assert control.explain(canary.canary_id)["decision"] == "PAUSED"
+                await control.approve(canary.canary_id, BOB, "looks good")
+                assert status_of(canaries, canary) == "PROMOTED window_end_good"
+                assert "PROMOTED" in await refusal_of(control.approve(canary.canary_id, BOB), lm.Conflict)
+                canaries.clock.until_s = math.inf
+                assert steps_of(canaries, canary.canary_id) == [
+                    "started", "metric", "metric", "paused", "metric", "metric", "approved", "promoted"]
+                assert canaries.store.gates_of("model-a") == ["prod"]
+                actions = [(row.actor, row.action) for row in canaries.store.load_audits(canary.canary_id)]
+                assert actions[-2:] == [("bob", "canary_approve"), ("system", "canary_promote")]
+        run_async(work())
+
+    def test_while_an_approval_is_waited_for_a_bad_turn_still_rolls_back(self, tmp_path):
+        async def work():
+            clock = HeldClock()
+
+            def turning(question):
+                return steady(clock, error_rate=0.5 if clock.passed_s > 45 else 0.001)(question)
+            async with open_canaries(tmp_path, turning, clock=clock) as canaries:
+                canary = await run_to_end(canaries, {"windowSeconds": 20, "requireApproval": True})
+                assert (canary.status, canary.reason) == ("ROLLED_BACK", "egregious")
+                assert canaries.store.gates_of("model-a") == []
+        run_async(work())
+
+    def test_no_data_is_not_approved(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path, with_counters=False) as canaries:
+                canaries.sampler.script = [(100.0, 0.0)] * 3 + [None, (100.0, 0.0)]
+                canaries.clock.until_s = 30
+                canary = await start(canaries, {"windowSeconds": 20, "requireApproval": True})
+                await until(lambda: len(canaries.store.load_samples(canary.canary_id)) == 3)
+                assert "no value" in await refusal_of(canaries.control.approve(canary.canary_id, BOB), lm.Conflict)
+                canaries.clock.until_s = 40
+                await until(lambda: len(canaries.store.load_samples(canary.canary_id)) == 4)
+                assert (await canaries.control.approve(canary.canary_id, BOB)).status == "PROMOTED"
+        run_async(work())
+
+    def test_what_is_good_but_not_proven_may_wait_for_a_person(self, tmp_path):
+        async def work():
+            clock = HeldClock()
+            async with open_canaries(tmp_path, steady(clock, per_s=1), clock=clock) as canaries:
+                clock.until_s = 20
+                canary = await start(canaries, {"windowSeconds": 20, "onInconclusive": "pause"})
+                await until(lambda: status_of(canaries, canary) == "PAUSED too_few_requests")
+                assert (await canaries.control.approve(canary.canary_id, ADA)).status == "PROMOTED"
+        run_async(work())
+
+    def test_a_pause_holds_the_promotion_back_across_a_restart_and_is_lifted(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canaries.clock.until_s = 100
+                canary = await start(canaries)
+                await until(lambda: len(canaries.store.load_samples(canary.canary_id)) == 10)
+                await canaries.control.pause(canary.canary_id, ADA, "lunch")
+                assert "is PAUSED" in await refusal_of(canaries.control.pause(canary.canary_id, ADA), lm.Conflict)
+                await canaries.control.stop()
+                reborn = lm.CanaryController(canaries.store, canaries.clock, lm.Config(), lm.Plan(), canaries.sampler)
+                await reborn.start()
+                assert "waits for it" in await refusal_of(reborn.approve(canary.canary_id, ADA), lm.Conflict)
+                canaries.clock.until_s = 350
+                await until(lambda: len(canaries.store.load_samples(canary.canary_id)) == 35)
+                assert status_of(canaries, canary) == "PAUSED paused"
+                await reborn.resume(canary.canary_id, ADA)
+                assert "is RUNNING" in await refusal_of(reborn.resume(canary.canary_id, ADA), lm.Conflict)
+                canaries.clock.until_s = math.inf
+                await until(lambda: status_of(canaries, canary) == "PROMOTED window_end_good")
+                assert [step for step in steps_of(canaries, canary.canary_id) if step != "metric"] == [
+                    "started", "paused", "resumed", "promoted"]
+                await reborn.stop()
+        run_async(work())
+
+    def test_a_shadow_run_decides_and_gives_nothing(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canary = await run_to_end(canaries, {"windowSeconds": 20, "shadow": True})
+                assert canary.status == "PROMOTED" and canaries.store.gates_of("model-a") == []
+                assert not [event for event in canaries.told if event.kind == "model"]
+                body = [event.body for event in canaries.told if event.step == "promoted"][0]
+                assert body["shadow"] is True and "the gate was not given" in body["narrative"]
+        run_async(work())
+
+    def test_a_queued_canary_starts_when_its_gate_is_free(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canaries.clock.until_s = 0
+                first = await start(canaries)
+                waiting = [await start(canaries, {"windowSeconds": 20, "onConflict": "queue"}, modelId=f"model-{at}")
+                           for at in range(3)]
+                assert [status_of(canaries, one) for one in waiting] == ["PENDING queued"] * 3
+                await canaries.control.abort(waiting[0].canary_id, ADA)
+                await canaries.control.abort(first.canary_id, ADA)
+                assert [status_of(canaries, one) for one in waiting] == ["ROLLED_BACK aborted", "RUNNING", "PENDING queued"]
+                await canaries.control.stop()
+                canaries.clock.until_s = math.inf
+                reborn = lm.CanaryController(canaries.store, canaries.clock, lm.Config(), lm.Plan(), canaries.sampler)
+                await reborn.start()
+                await until(lambda: status_of(canaries, waiting[2]).startswith("PROMOTED"))
+                assert status_of(canaries, waiting[1]).startswith("PROMOTED")
+                assert steps_of(canaries, waiting[2].canary_id) == ["queued", "started", "metric", "metric", "promoted"]
+                await reborn.stop()
+        run_async(work())
+
+    def test_a_canary_may_take_the_place_of_another(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canaries.clock.until_s = 0
+                first = await start(canaries)
+                second = await start(canaries, {"onConflict": "supersede"}, modelId="model-b")
+                assert status_of(canaries, first) == "ROLLED_BACK superseded"
+                canaries.clock.until_s = math.inf
+                await until(lambda: status_of(canaries, second).startswith("PROMOTED"))
+                assert steps_of(canaries, first.canary_id)[-1] == "rolled_back"
+                assert canaries.store.gates_of("model-a") == []
+        run_async(work())
+
+    def test_a_fault_in_one_canary_ends_that_one_and_is_told(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canaries.clock.until_s = 0
+                bad, good = await start(canaries), await start(canaries, {"windowSeconds": 20}, toGate="x")
+                canaries.control._watches[bad.canary_id].judge.add = None
+                canaries.clock.until_s = math.inf
+                await until(lambda: status_of(canaries, bad) == "FAILED state_lost")
+                await until(lambda: status_of(canaries, good).startswith(("PROMOTED", "ROLLED_BACK")))
+        run_async(work())
+
+    def test_why_math_and_the_verdict_tell_where_a_canary_stands(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                control, store = canaries.control, canaries.store
+                canaries.clock.until_s = 120
+                canary = await start(canaries)
+                assert control.verdict_of(canary, []) is None
+                await until(lambda: len(store.load_samples(canary.canary_id)) == 12)
+                document = control.explain(canary.canary_id)
+                assert (document["id"], document["decision"]) == (canary.canary_id, "RUNNING")
+                assert document["time_to_action_sec"] is None and len(document["evidence"]) == 12
+                verdict = control.verdict_of(canary, store.load_samples(canary.canary_id))
+                assert (verdict["decision"], verdict["tickClass"], verdict["numbers"]["judged"]) == ("continue", "good", 6)
+                canaries.clock.until_s = math.inf
+                await until(lambda: status_of(canaries, canary).startswith("PROMOTED"))
+                document = control.explain(canary.canary_id)
+                assert (document["decision"], document["time_to_action_sec"]) == ("PROMOTED", 300)
+                assert "p >= 0.05" in document["inequality"] and lm.to_json(document)
+                found = store.find_canary(canary.canary_id)
+                assert control.verdict_of(found, store.load_samples(canary.canary_id))["decision"] == "promote"
+                assert "Unknown canaryId" in await refusal_of(asyncio.to_thread(control.explain, "canary_none"),
+                                                              lm.NotFound)
+        run_async(work())
+
+    def test_200_canaries_that_tick_each_second_are_on_time(self, tmp_path):
+        async def work():
+            clock = lm.SystemClock()
+            began_s = clock.monotonic_s()
+
+            def answer(question):
+                requests = round(400 * (clock.monotonic_s() - began_s))
+                return lm.Reading(160.0, 0.0, "prometheus", counters=(requests, 0, 0))
+            async with open_canaries(tmp_path, answer, clock=clock, canary_interval_seconds=1.0) as canaries:
+                made = await asyncio.gather(*(start(canaries, toGate=f"gate-{at}") for at in range(200)))
+                await until(lambda: all(len(canaries.store.load_samples(one.canary_id)) >= 4 for one in made[::20]))
+                await asyncio.sleep(0.5)
+                await canaries.control.stop()
+                samples = [sample for one in made for sample in canaries.store.load_samples(one.canary_id)]
+                late_s = sorted(sample.elapsed_s - sample.tick for sample in samples)
+                assert not [sample for sample in samples if sample.missing] and len(samples) >= 800
+                assert late_s[int(0.99 * len(late_s))] < 0.5, late_s[-5:]
+        run_async(work(), 40)
+
+
+# ==============================================================================
+# 21. Children -- a command ends with everything it started, however the server ends
 # uses: Front, Fakes
 # ==============================================================================
 
@@ -3953,6 +5185,16 @@ def count_processes(mark: str) -> int:
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             found += mark.encode() in (folder / "cmdline").read_bytes().split(b"\0")
+    return found
+
+
+def count_zombies() -> int:
+    """How many dead children this process has not taken in."""
+    found = 0
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            found += state == "Z" and int(parent) == os.getpid()
     return found
 
 
@@ -4058,8 +5300,9 @@ class TestChildren:
         async def run():
             async with Group("sh", "-c", f"{sys.executable} -c '{textwrap.dedent(code)}' & wait") as one:
                 await one.until("ready")
-                await one.group.stop(5.0)
-                assert "cleaned" in one.text
+                began_s = time.monotonic()
+                await one.group.stop(8.0)
+                assert "cleaned" in one.text and time.monotonic() - began_s < 6  # no longer than it takes
         run_async(run())
 
     def test_a_group_that_ignores_term_is_killed_after_the_grace(self):
@@ -4099,8 +5342,7 @@ class TestChildren:
                 await asyncio.gather(*(one.__aenter__() for one in groups))
                 await asyncio.gather(*(one.__aexit__() for one in groups))
             assert len(os.listdir("/proc/self/fd")) == before
-            with pytest.raises(ChildProcessError):
-                os.waitpid(-1, os.WNOHANG)
+            assert count_zombies() == 0
         run_async(run(), 60)
 
     def test_the_kernel_ends_the_group_when_the_server_is_killed(self, tmp_path):
@@ -4125,7 +5367,7 @@ class TestChildren:
 
 
 # ==============================================================================
-# 17. Progress -- foreign text becomes progress and numbers, or a reason
+# 22. Progress -- foreign text becomes progress and numbers, or a reason
 # uses: Front, Fakes
 # ==============================================================================
 
@@ -4346,7 +5588,7 @@ class TestProgress:
 
 
 # ==============================================================================
-# 18. Probes -- the built-in evals measure what is there, and name what is not
+# 23. Probes -- the built-in evals measure what is there, and name what is not
 # uses: Front, Fakes
 # ==============================================================================
 
@@ -4439,7 +5681,7 @@ class TestProbes:
                 assert error.data["metrics"]["checks_failed"] == 2
                 dead = f"http://127.0.0.1:{free_port()}"
                 error = await probe(tmp_path, store, dead)
-                assert re.match("http: .*Connect call failed.*; events: .*Connect call failed", error.message)
+                assert re.match(r"http: \[Errno 111\].*; events: \[Errno 111\]", error.message)
                 error = await probe(tmp_path / "missing", store)
                 assert error.message.startswith("repository: [Errno 2] No such file or directory")
         run_async(run())
@@ -4496,7 +5738,7 @@ class TestProbes:
 
 
 # ==============================================================================
-# 19. Attempts -- what a command prints, writes and leaves is kept, within limits
+# 24. Attempts -- what a command prints, writes and leaves is kept, within limits
 # uses: Front, Fakes
 # ==============================================================================
 
@@ -4627,7 +5869,7 @@ class TestAttempts:
 
 
 # ==============================================================================
-# 20. Jobs -- evals that run, and end in one final state whatever happens
+# 25. Jobs -- evals that run, and end in one final state whatever happens
 # uses: Front, Fakes, Children
 # ==============================================================================
 
@@ -4989,6 +6231,26 @@ class TestJobs:
                 assert job.status == "FAILED" and job.reason.startswith("it can't be started: [Errno 20] Not a directory")
         run_async(run())
 
+    def test_a_job_outlives_a_database_that_is_away_for_a_moment(self, tmp_path):
+        async def run():
+            task = shell_task("unit", f"echo 1/3; while [ ! -e {tmp_path}/go ]; do sleep 0.02; done", progress="n/N")
+            async with open_bench(tmp_path, [task]) as bench:
+                job = await bench.runner.start_eval("unit", "ci", ANNA)
+                await bench.until(lambda: bench.store.find_job(job.job_id).status == "RUNNING")
+                write, asked = bench.store.write, []
+
+                async def refuse(work: Any) -> None:
+                    asked.append(work)
+                    raise lm.Unavailable("the database can't commit: disk I/O error")
+
+                bench.store.write = refuse
+                await bench.until(lambda: len(asked) >= 2)  # the same progress is tried again
+                (tmp_path / "go").touch()
+                await bench.until(lambda: bench.runner._runs[job.job_id].told is None and len(asked) >= 4)
+                bench.store.write = write
+                assert (await bench.end_of(job)).status == "COMPLETED"
+        run_async(run(), 40)
+
     def test_a_plan_that_cannot_be_meant_stops_the_start(self, tmp_path):
         with pytest.raises(lm.ConfigError, match="tasks.unit.metrics"):
             lm.JobRunner(None, None, lm.Config(), lm.Plan(tasks={"unit": shell_task("unit", "true", metrics="x")}))
@@ -5097,13 +6359,12 @@ class TestJobs:
                     assert (await bench.end_of(job, 60)).status == "COMPLETED"
                 await bench.until(lambda: not bench.runner._runs)
                 assert len(os.listdir("/proc/self/fd")) == before
-                with pytest.raises(ChildProcessError):
-                    os.waitpid(-1, os.WNOHANG)
+                assert count_zombies() == 0
         run_async(run(), 90)
 
 
 # ==============================================================================
-# 21. Glob -- patterns for paths
+# 26. Glob -- patterns for paths
 # ==============================================================================
 
 
@@ -5195,7 +6456,7 @@ class TestGlob:
 
 
 # ==============================================================================
-# 22. Patch -- strict unified diffs, on bytes
+# 27. Patch -- strict unified diffs, on bytes
 # ==============================================================================
 
 PATCHED = b"# guide\n\nline two\nline three\n"
@@ -5392,7 +6653,7 @@ class TestPatch:
 
 
 # ==============================================================================
-# 23. Paths -- what a caller names, proven to lie below the root
+# 28. Paths -- what a caller names, proven to lie below the root
 # ==============================================================================
 
 
@@ -5575,7 +6836,7 @@ class TestPaths:
 
 
 # ==============================================================================
-# 24. Contents -- bytes of files to texts of the wire, and back
+# 29. Contents -- bytes of files to texts of the wire, and back
 # ==============================================================================
 
 
@@ -5663,7 +6924,7 @@ class TestContents:
             following = document["metadata"].get("next")
             assert bool(following) == document["metadata"]["truncated"]
             lines = lm.decode_path_id(following)[1] if following else None
-        assert text.encode() == content and rounds == 4
+        assert text.encode() == content and rounds == 3
 
     def test_one_line_that_is_too_long_is_cut_between_characters(self):
         document = document_of("ñ".encode() * 3000, max_bytes=1001)
@@ -5694,7 +6955,7 @@ class TestContents:
 
 
 # ==============================================================================
-# 25. Repository -- reading and writing files below the root
+# 30. Repository -- reading and writing files below the root
 # ==============================================================================
 
 
@@ -5750,7 +7011,7 @@ class TestRepository:
             file.truncate(33 * 2**20)
         with pytest.raises(family) as refusal:
             files.fetch(path)
-        assert str(place) not in refusal.value.message and "secret" not in refusal.value.message.lower().replace("secret files", "")
+        assert str(place) not in refusal.value.message and "hunter2" not in refusal.value.message
 
     @pytest.mark.parametrize("path, glob, include_dirs, expected", [
         ("docs", None, False, "docs/a-b.md docs/a/x.md docs/guide.md"),
@@ -6025,11 +7286,22 @@ class TestRepository:
                 files.commit(change)
         assert (place / "README.md").read_text() == "# scratch\n\nA small repository.\n" and not leftovers(place)
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-    def test_a_folder_without_permission_is_named(self, files, place):
+    def test_where_permission_is_missing_the_answer_says_so(self, files, place):
         os.chmod(place / "docs", 0o555)
-        with pytest.raises(lm.Unavailable, match="no permission for it: docs/n.txt"):
-            self.write(files, "docs/n.txt", b"x")
+        os.chmod(place / "src/app.py", 0o200)
+        is_root = os.geteuid() == 0
+        try:
+            if is_root:  # who may do everything
+                os.seteuid(65534)
+            with pytest.raises(lm.Unavailable, match="no permission for it: docs/n.txt"):
+                self.write(files, "docs/n.txt", b"x")
+            with pytest.raises(lm.Unavailable, match="no permission for it: src/app.py"):
+                files.fetch("src/app.py")
+        finally:
+            if is_root:
+                os.seteuid(0)
+            os.chmod(place / "docs", 0o755)
+        assert not leftovers(place)
 
     def test_an_intent_is_decided_by_what_is_there(self, files, place):
         write = files.prepare_write("README.md", b"new")
@@ -6081,7 +7353,7 @@ class TestRepository:
 
 
 # ==============================================================================
-# 26. Cockpit -- the page in a real browser against a real server
+# 31. Cockpit -- the page in a real browser against a real server
 # uses: Front, Fakes
 # ==============================================================================
 # Every test ends with a look at what the browser complained of: an error, a refused resource or a
@@ -6131,7 +7403,7 @@ class View:
     def goes_live(self) -> View:
         """Wait for the word that the stream is open, and for the first lists."""
         self.sees("#link-word", "live")
-        self.expect(self("#jobs-empty")).not_to_contain_text("Loading")
+        self.expect(self("#main")).to_have_attribute("aria-busy", "false")
         return self
 
     def row(self, entity_id: str) -> str:
@@ -6228,6 +7500,7 @@ class TestCockpit:
         view = look(cockpit_server.url, "/cockpit.html#/why/job_unknown")
         view.sees("#why-error", "No audit narrative found for: job_unknown")
         view.page.keyboard.press("Escape")
+        view.expect(view("#why-dialog")).to_be_hidden()
         view("#ask-id").fill(job_id)
         view("#ask-id").press("Enter")
         view.sees("#why-trail", "dry run of")
@@ -6283,6 +7556,16 @@ class TestCockpit:
         view("#why-forms").get_by_role("button", name="JSON").click()
         view.sees("#why-raw", "<img src=x onerror=alert(1)> wrong build")
         assert view("img").count() == 0
+
+    def test_abort_late_in_the_window_wants_the_id_typed(self, server, look):
+        view = look(server.url).goes_live()
+        view.page.evaluate("""() => dispatch('samples', {id: 'canary_late', document: {
+            canaryId: 'canary_late', modelId: 'm', fromGate: 'a', toGate: 'b', status: 'RUNNING', ticks: 20,
+            policy: {windowSeconds: 20, targets: {}}, samples: [{tick: 15, latency_p95_ms: 1, error_rate: 0}]}})""")
+        view(view.row("canary_late")).get_by_role("button", name="Abort").click()
+        view.expect(view("#confirm-go")).to_be_disabled()
+        view("#confirm-typed").fill("canary_late")
+        view.expect(view("#confirm-go")).to_be_enabled()
 
     def test_refused_start_is_told_in_the_dialog(self, cockpit_server, look):
         cockpit_server.call("start_canary", **CANARY)
@@ -6442,7 +7725,7 @@ class TestCockpit:
 
 
 # ==============================================================================
-# 27. Golden -- every recorded answer of the original server, as a row: what ours says to the same
+# 32. Golden -- every recorded answer of the original server, as a row: what ours says to the same
 # uses: Front, Fakes
 # ==============================================================================
 # A row is (case number, its name, request, what holds of the answer, why it may differ). The
@@ -7442,8 +8725,8 @@ def is_satisfied_by(check: Check, response: dict[str, Any] | None) -> bool:
 
 
 # ==============================================================================
-# 28. Guide -- every command of the deployment guide, run word for word
-# uses: Front, Fakes
+# 33. Guide -- every command of the deployment guide, run word for word
+# uses: Front, Fakes, Cockpit
 # ==============================================================================
 # The commands stand here as in the guide; only port, interpreter and paths are put in their place.
 # A shell, curl and a browser run them, as whoever follows the guide would.
@@ -7537,8 +8820,6 @@ MCP_STATE_PATH="/data/mcp-state.json"      # State persistence path
 GUIDE_TEXTS = (GUIDE_START, GUIDE_PAGE, GUIDE_PRODUCTION, GUIDE_EVAL, GUIDE_WHY, GUIDE_CANARY, GUIDE_STREAM,
                *GUIDE_STEPS.values(), GUIDE_TRAIL, GUIDE_SOURCE, GUIDE_VARIABLES)
 WORKFLOW = HERE / ".github/workflows/mcp-sse-probe.yml"
-CHROMIUM_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                      "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
 def adapt(text: str, port: int, folder: pathlib.Path) -> str:
@@ -7577,22 +8858,6 @@ def read_steps(workflow: pathlib.Path) -> dict[str, str]:
     """The named `run: |` steps of a workflow file."""
     found = re.findall(r"^      - name: (.+)\n        run: \|\n((?:          .*\n|\n)+)", workflow.read_text(), re.M)
     return {name: re.sub("^ {10}", "", script, flags=re.M) for name, script in found}
-
-
-@contextlib.contextmanager
-def open_page(url: str) -> Iterator[Any]:
-    """A page of a headless Chromium at an address."""
-    program = require("chromium")
-    sync_api = pytest.importorskip("playwright.sync_api") if not IS_CI else __import__(
-        "playwright.sync_api", fromlist=["sync_playwright"])
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, headless=True, args=CHROMIUM_ARGUMENTS)
-        try:
-            page = browser.new_page()
-            page.goto(url, wait_until="domcontentloaded")
-            yield page
-        finally:
-            browser.close()
 
 
 class TestGuide:
@@ -7672,11 +8937,12 @@ class TestGuide:
             os.kill(int((server.repo / "server.pid").read_text()), signal.SIGTERM)
             wait_until(lambda: not is_listening(server.port), 15, "the end of the server")
 
-    def test_matriz_reads_trail_and_stream_in_a_browser(self, make_server: Callable[..., Server]) -> None:
+    def test_matriz_reads_trail_and_stream_in_a_browser(self, make_server: Callable[..., Server], browser: Any) -> None:
         server = make_server(LUKHAS_MCP_API_KEYS="api-key", key="api-key")
         canary = server.call("start_canary", modelId="m", fromGate="a", toGate="b", dryRun=True,
                              targets={"latency_p95_ms": 500, "max_error_rate": 0.01})
-        with open_page(f"{server.url}/cockpit.html") as page:
+        with contextlib.closing(browser.new_page()) as page:
+            page.goto(f"{server.url}/cockpit.html", wait_until="domcontentloaded")
             told = page.evaluate("async key => {" + GUIDE_TRAIL + "return narrative;}", "api-key")
             assert told == "No audit narrative found for: canary_promotion_xyz"
             state = page.evaluate("() => new Promise(processOperationalState => {" + GUIDE_SOURCE + "})")
@@ -7693,7 +8959,7 @@ class TestGuide:
 
 
 # ==============================================================================
-# 29. Package -- what stands around the program: README, Dockerfile, CI, house rules, no packages
+# 34. Package -- what stands around the program: README, Dockerfile, CI, house rules, no packages
 # uses: Front, Fakes, Guide
 # ==============================================================================
 # The README's tables are made from the code between two markers; `python3 test_lukhas_mcp.py readme`
@@ -7724,7 +8990,8 @@ def readme_tables() -> dict[str, str]:
         required = one.arguments.get("required", [])
         optional = [name for name in one.properties if name not in required]
         words = ", ".join([*(f"**{name}**" for name in required), *optional]) or "–"
-        tools.append((f"`{one.name}`", words, one.role, first_sentence(one.description)))
+        role = {"observe": "reporter"}.get(one.role, one.role)
+        tools.append((f"`{one.name}`", words, role, first_sentence(one.description)))
     settings = [(f"`{one.variable}`", f"`{one.flag}`" if one.flag else "–",
                  f"`{default_text(one)}`" if default_text(one) else "", one.text.replace("|", "\\|"))
                 for one in lm.SETTINGS]
@@ -7745,7 +9012,7 @@ def default_text(one: Any) -> str:
 def fill_markers(text: str, tables: dict[str, str]) -> str:
     """A README with its tables made anew."""
     for name, table in tables.items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda found: found[1] + table + found[2], text,
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda found: f"{found[1]}{table}\n{found[2]}", text,
                       flags=re.S)
     return text
 
@@ -7762,9 +9029,11 @@ def read_dockerfile() -> list[tuple[str, str]]:
     return [tuple(line.split(None, 1)) for line in re.sub(r"\s*\\\n\s*", " ", "\n".join(lines)).splitlines()]
 
 
-def shell_blocks(text: str) -> list[str]:
-    """The fenced blocks of shell commands of a Markdown text."""
-    return re.findall(r"^```(?:bash|sh|console)\n(.*?)^```$", text, re.M | re.S)
+def read_example(text: str) -> tuple[str, str]:
+    """The first curl of a Markdown text, an indented `$ curl`, and the answer that stands below it."""
+    block = re.search(r"^    \$ (curl (?:.*\\\n)*.*\n)((?:    .*\n)+)", text, re.M)
+    assert block is not None, "no `    $ curl …` with its answer below"
+    return block[1], block[2]
 
 
 class TestReadme:
@@ -7784,8 +9053,7 @@ class TestReadme:
         assert "python3 lukhas_mcp.py" in screen and "python3 test_lukhas_mcp.py" in screen and "curl" in screen
 
     def test_its_curl_answers_as_shown(self, make_server: Callable[..., Server]) -> None:
-        text = README.read_text(encoding="utf-8")
-        command, shown = re.search(r"^```(?:bash|sh)\n(curl .*?)^```\s+```json\n(.*?)^```", text, re.M | re.S).groups()
+        command, shown = read_example(README.read_text(encoding="utf-8"))
         server = make_server()
         answer = json.loads(run_shell(adapt(command, server.port, server.folder)).stdout)
         assert shape_of(answer) == shape_of(json.loads(shown)), answer
@@ -8009,7 +9277,7 @@ class TestSmoke:
 
 
 # ==============================================================================
-# 30. Bench -- figures beside a bare peer in the same run: `python3 test_lukhas_mcp.py bench`
+# 35. Bench -- figures beside a bare peer in the same run: `python3 test_lukhas_mcp.py bench`
 # uses: Front, Fakes
 # ==============================================================================
 # Nothing here is asserted: a figure of a busy machine is no verdict. Each throughput stands beside
@@ -8246,7 +9514,7 @@ def bench_main(argv: list[str]) -> int:
 
 
 # ==============================================================================
-# 31. Misuse -- bad input and bad days: a clear error each, and nothing lost or half written
+# 36. Misuse -- bad input and bad days: a clear error each, and nothing lost or half written
 # uses: Front, Fakes, Package
 # ==============================================================================
 # Against real processes: wrong keys, wrong bytes, wrong types, unknown ids, paths that lead out, a
@@ -8358,7 +9626,8 @@ class TestKeysMisused:
         server = make_server(LUKHAS_MCP_API_KEYS="v:viewer:looking,r:reporter:pushing", key="looking")
         text = server.call_error("promote_model", modelId="m", gate="stage")
         assert "operator" in text and "viewer" in text, text
-        assert server.call("why", id="m").count("action=promote_model") == 0
+        assert '"outcome":"refused"' in server.call("why", id="m")  # refusals are on the record
+        assert server.call("gate_status", gate="stage")["holder"] is None
         server.key = "pushing"
         assert "viewer" in server.call_error("list_jobs")
         assert server.call("observe", gate="g", modelId="m", latency_ms=[1.0], errors=0)["accepted"] >= 1
@@ -8626,7 +9895,7 @@ class TestPrometheusMisused:
 
 
 # ==============================================================================
-# 32. Main -- what the command line means
+# 37. Main -- what the command line means
 # uses: Front
 # ==============================================================================
 
