@@ -3069,6 +3069,7 @@ class Store(Reads):
         self._writing = open_database(path, clock, sync=sync, journal=journal)
         super().__init__(connect(path, is_writer=False))
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_closed = False
         self._thread = threading.Thread(target=self._write_groups, name="store", daemon=True)
 
     def start(self) -> None:
@@ -3083,7 +3084,10 @@ class Store(Reads):
         database can't commit.
         """
         future = self._loop.create_future()
-        self._queue.put(_Work(work, future))
+        if self._is_closed:
+            future.set_exception(Unavailable("the database is closed, since the server stops; nothing was changed"))
+        else:
+            self._queue.put(_Work(work, future))
         return future
 
     def write_soon(self, work: Callable[[Transaction], Any]) -> None:
@@ -3092,6 +3096,7 @@ class Store(Reads):
 
     async def stop(self) -> None:
         """Write what is queued, checkpoint and close."""
+        self._is_closed = True
         if self._thread.is_alive():
             self._queue.put(None)
             await asyncio.to_thread(self._thread.join)
@@ -3134,8 +3139,9 @@ class Store(Reads):
         try:
             work.outcome = work.run(transaction)
             work.events = transaction.events
-        except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
-            if not isinstance(error, sqlite3.IntegrityError):
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+            if code != sqlite3.SQLITE_ERROR and not isinstance(error, sqlite3.IntegrityError):
                 raise  # the file itself: the whole group fails
             work.error = error
         # house: allow broad -- a work's error belongs to its caller, never to the group
@@ -3147,15 +3153,15 @@ class Store(Reads):
 
     def _finish(self, works: list[_Work]) -> None:
         events = [event for work in works if work.error is None for event in work.events]
-        if events:
-            self.publish(events)
-        for work in works:
+        for work in works:  # who awaits a future goes on only after this call, thus after the news
             if work.future.done():
                 continue  # the caller was cancelled; what it asked for is committed all the same
             if work.error is not None:
                 work.future.set_exception(work.error)
             else:
                 work.future.set_result(work.outcome)
+        if events:
+            self.publish(events)
 
 
 def _log_failure(future: asyncio.Future[Any]) -> None:
@@ -3179,6 +3185,7 @@ _KINDS = tuple(COLLECTIONS.values())
 _MAX_WAITING_BYTES = 256 << 10
 _MAX_WAITING_EVENTS = 1000
 _PAGE = 500
+_HISTORY = 100_000  # events of one entity: a canary of a day has some nine thousand
 _SNAPSHOT = 50  # entities of a collection that a new subscriber is told of
 
 
@@ -3321,7 +3328,7 @@ class Subscriber:
         newest = self._store.newest_event_id()
         found: dict[int, tuple[Event, bool]] = {}
         for kind, entity_id in self.topics.entities:
-            history = self._store.events_after(0, 10 * _PAGE, kind, entity_id)
+            history = self._store.events_after(0, _HISTORY, kind, entity_id)
             found |= {event.event_id: (event, False) for event in history}
         for kind in self.topics.kinds:
             found |= {event.event_id: (event, True) for event in self._store.newest_events(kind, _SNAPSHOT)}
@@ -5843,7 +5850,8 @@ class CanaryController:
     def _make_watch(self, canary: Canary, policy: Policy) -> Watch:
         limits = self._plan.gates.get(canary.to_gate)
         # Without keys everybody has one name, and then nobody's observations would count.
-        starter = canary.actor if self._config.api_keys.strip() and canary.actor != "stdio" else ""
+        has_names = self._config.api_keys.strip() and canary.actor != "stdio"
+        starter = canary.actor if limits is not None and has_names else ""
         return Watch(self._store, self._clock, self._sampler, canary, policy, starter=starter,
                      timeout_s=self._config.prom_timeout_ms / 1000, queries=limits.queries if limits else {})
 
@@ -6232,9 +6240,10 @@ class ProcessGroup:
         group._output, output = os.pipe()
         try:
             group._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", "-c", _GUARD, str(orders), str(reports), str(math.ceil(cpu_limit_s)),
-                *command, cwd=folder, env=dict(environ), stdin=asyncio.subprocess.DEVNULL, stdout=output,
-                stderr=output, pass_fds=(orders, reports), start_new_session=True)
+                sys.executable, "-I", "-S", "-c", _GUARD, str(orders), str(reports),
+                str(math.ceil(cpu_limit_s)), *command, cwd=folder, env=dict(environ),
+                stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
+                pass_fds=(orders, reports), start_new_session=True)
         finally:
             for fd in (orders, reports, output):
                 os.close(fd)
@@ -6486,10 +6495,10 @@ def check_task(task: Task) -> None:
         raise ConfigError(f"{where}.progress is {task.progress!r}; allowed: n/N, jsonl, reportlog:FILE")
     kind, path = split_source(task.metrics)
     if kind not in METRIC_KINDS or kind == "exit" and path or kind in ("junit", "json") and not path:
-        raise ConfigError(f"{where}.metrics is {task.metrics!r}; allowed: exit, junit:FILE, json:FILE, jsonl, "
-                          "jsonl:FILE")
+        raise ConfigError(f"{where}.metrics is {task.metrics!r}; allowed: exit, junit:FILE, json:FILE, "
+                          "jsonl, jsonl:FILE")
     if task.threshold is not None and not task.score:
-        raise ConfigError(f"{where}.threshold needs {where}.score, the path of the number that it is a limit of")
+        raise ConfigError(f"{where}.threshold needs {where}.score, the path of the number it is a limit of")
 
 
 # -- results -------------------------------------------------------------------
@@ -6633,7 +6642,8 @@ def _values_at(value: Any, parts: list[str]) -> Iterator[Any]:
         yield from _values_at(value[int(parts[0])], parts[1:])
 
 
-def judge_run(task: Task, exit_code: int, score: float | None, problem: str = "") -> tuple[JobStatus, str | None]:
+def judge_run(task: Task, exit_code: int, score: float | None,
+              problem: str = "") -> tuple[JobStatus, str | None]:
     """COMPLETED, or FAILED and why.
 
     `problem` says why there is no result although one was promised. A negative exit code is a signal.
@@ -6706,7 +6716,8 @@ class _Client:
         fields = {"Host": url.netloc, "User-Agent": "lukhas-probe"}
         return cls(reader, writer, fields | ({"X-API-Key": endpoint.key} if endpoint.key else {}))
 
-    def send(self, target: str, *, body: bytes = b"", accept: str = "application/json", version: str = "1.1") -> None:
+    def send(self, target: str, *, body: bytes = b"", accept: str = "application/json",
+             version: str = "1.1") -> None:
         """Send a GET, or a POST of a JSON body; version 1.0 gets a stream without chunks."""
         fields = self._fields | {"Accept": accept}
         if body:
@@ -6719,7 +6730,8 @@ class _Client:
         """Status and length of the answer; the length None: up to the end of the connection."""
         head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         lines = head.split("\r\n")
-        fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+        pairs = (line.partition(":") for line in lines[1:])
+        fields = {name.lower(): value.strip() for name, _, value in pairs}
         length = fields.get("content-length")
         return int(lines[0].split()[1]), int(length) if length else None
 
@@ -6750,7 +6762,8 @@ async def _check_database(context: ProbeContext) -> dict[str, float]:
     job = context.store.find_job(context.job_id)
     if job is None or (job.progress or {}).get("message") != mark:
         raise Unavailable("what was written did not come back")
-    return {"db_write_ms": _ms(written_s - started_s), "db_read_ms": _ms(context.clock.monotonic_s() - written_s)}
+    read_s = context.clock.monotonic_s()
+    return {"db_write_ms": _ms(written_s - started_s), "db_read_ms": _ms(read_s - written_s)}
 
 
 def _mark_work(context: ProbeContext) -> Callable[[Transaction], str]:
@@ -6763,7 +6776,8 @@ def _mark_work(context: ProbeContext) -> Callable[[Transaction], str]:
             raise Conflict("the job is over")
         tx.publish("job", job.job_id, "progress", {
             "jobId": job.job_id, "taskId": job.task_id, "configId": job.config_id, "status": str(job.status),
-            "done": 0, "total": None, "message": mark, "narrative": f"{job.job_id}: writes a mark and looks for it"})
+            "done": 0, "total": None, "message": mark,
+            "narrative": f"{job.job_id} writes a mark and looks for it"})
         return mark
 
     return work
@@ -6819,7 +6833,8 @@ async def _check_events(context: ProbeContext) -> dict[str, float]:
         opened_s = context.clock.monotonic_s()
         mark = await context.store.write(_mark_work(context))
         await client.read_until(mark.encode())
-        return {"sse_open_ms": _ms(opened_s - started_s), "sse_event_ms": _ms(context.clock.monotonic_s() - opened_s)}
+        heard_s = context.clock.monotonic_s()
+        return {"sse_open_ms": _ms(opened_s - started_s), "sse_event_ms": _ms(heard_s - opened_s)}
     finally:
         client.close()
 
@@ -6914,7 +6929,8 @@ class _Load:
                     client.close()
                 client = None
             share = min(max(self.elapsed_s / STRESS_S, self.sent / STRESS_REQUESTS), 1.0)
-            self.context.report(Progress(round(100 * share), 100, f"{self.sent} requests, {self.errors} errors"))
+            message = f"{self.sent} requests, {self.errors} errors"
+            self.context.report(Progress(round(100 * share), 100, message))
         if client:
             client.close()
 
@@ -6926,9 +6942,9 @@ class _Load:
     def metrics(self) -> dict[str, float]:
         duration_s = self.elapsed_s
         ordered = sorted(self.latencies_ms)
-        document = {"requests": self.sent, "errors": self.errors, "error_rate": round(self.errors / self.sent, 6),
-                    "connections": STRESS_CONNECTIONS, "duration_s": round(duration_s, 3),
-                    "throughput_rps": round(len(ordered) / duration_s, 1)}
+        document = {"requests": self.sent, "errors": self.errors,
+                    "error_rate": round(self.errors / self.sent, 6), "connections": STRESS_CONNECTIONS,
+                    "duration_s": round(duration_s, 3), "throughput_rps": round(len(ordered) / duration_s, 1)}
         for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0)) if ordered else ():
             document[f"latency_{name}_ms"] = ordered[max(0, math.ceil(share * len(ordered)) - 1)]
         return document
@@ -7030,7 +7046,8 @@ class CommandAttempt:
         os.makedirs(self._folder, mode=0o700)
         self._output = _Output(self._own("output.log"))
         command = [fill_out(word, self._folder) for word in (*self._task.command, *config.args)]
-        chosen = {name: fill_out(text, self._folder) for name, text in {**self._task.env, **config.env}.items()}
+        given = {**self._task.env, **config.env}
+        chosen = {name: fill_out(text, self._folder) for name, text in given.items()}
         own = {"LUKHAS_EVAL_OUT": self._folder, "LUKHAS_EVAL_PROGRESS": self._own("progress.jsonl"),
                "LUKHAS_EVAL_RESULT": self._own("result.json")}
         try:
@@ -7110,12 +7127,14 @@ class CommandAttempt:
             with open(path, "rb") as stream:
                 return read_result(kind, stream.read(MAX_RESULT_BYTES)), ""
         except (OSError, ValueError) as error:
-            return None, f"{os.path.basename(path)} can't be read: {getattr(error, 'strerror', None) or error}"
+            reason = getattr(error, "strerror", None) or error
+            return None, f"{os.path.basename(path)} can't be read: {reason}"
 
     def _find_result(self, promised: str) -> str | None:
         """The newest file of this name, or that fits this glob, that was written since the start."""
         pattern = os.path.join(glob.escape(self._root), fill_out(promised, glob.escape(self._folder)))
-        names = {os.path.join(self._root, fill_out(promised, self._folder)), *glob.glob(pattern, recursive=True)}
+        literal = os.path.join(self._root, fill_out(promised, self._folder))
+        names = {literal, *glob.glob(pattern, recursive=True)}
         files = [(os.path.getmtime(name), name) for name in names if os.path.isfile(name)]
         # File systems keep times as coarsely as 2 s; what is older, an earlier run has left.
         return max((found for found in files if found[0] >= self._started_s - 2), default=(0, None))[1]
@@ -7152,7 +7171,10 @@ class BuiltinAttempt:
         error = None if self.ended.cancelled() else self.ended.exception()
         if error and not isinstance(error, LukhasError):
             raise error
-        metrics = {} if self.ended.cancelled() else error.data.get("metrics", {}) if error else self.ended.result()
+        if self.ended.cancelled():
+            metrics = {}
+        else:
+            metrics = error.data.get("metrics", {}) if error else self.ended.result()
         status = JobStatus.FAILED if error else JobStatus.COMPLETED
         return status, error and error.message, {"metrics": metrics, "artifacts": []}
 
@@ -7202,6 +7224,7 @@ class JobRunner:
         self._builtins = builtins
         self._folder = os.path.join(config.state_dir, "jobs")
         self._runs: dict[str, _Run] = {}
+        self._early: set[str] = set()  # asked for while this process was still taking over
         self._wake = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
         self._is_stopping = False
@@ -7220,6 +7243,9 @@ class JobRunner:
             raise Unavailable("the server stops and takes no further evals; ask again when it is back")
         status = JobStatus.DRY_RUN if is_dry_run else JobStatus.QUEUED
         problem = self._find_problem(task_id, config_id)
+        job_id = new_id("job")
+        if self._driver is None:
+            self._early.add(job_id)
 
         def work(tx: Transaction) -> tuple[Job, bool]:
             known = tx.find_job_by_key(idempotency_key, actor.name) if idempotency_key else None
@@ -7228,7 +7254,7 @@ class JobRunner:
                 return known, False
             if not is_dry_run and not problem:
                 self._check_room(tx)
-            job = Job(new_id("job"), task_id, config_id, status, tx.now, tx.now, actor=actor.name,
+            job = Job(job_id, task_id, config_id, status, tx.now, tx.now, actor=actor.name,
                       idempotency_key=idempotency_key)
             tx.insert_job(job)
             sentence = self._tell_plan(job, problem) if is_dry_run else f"{_name(job)} is queued"
@@ -7248,7 +7274,8 @@ class JobRunner:
             job = tx.find_job(job_id)
             if job is None:
                 raise name_missing("jobId", job_id)
-            moved = tx.move_job(job_id, _UNDER_WAY, status=JobStatus.CANCELLED, reason=f"cancelled by {actor.name}")
+            moved = tx.move_job(job_id, _UNDER_WAY, status=JobStatus.CANCELLED,
+                                reason=f"cancelled by {actor.name}")
             if moved is None:
                 return job
             given = {"jobId": job_id} | ({"reason": reason} if reason else {})
@@ -7266,8 +7293,8 @@ class JobRunner:
         def work(tx: Transaction) -> list[str]:
             job_ids = tx.delete_jobs_before(utc_text(before_s))
             if job_ids:
-                tx.record(AuditRecord(SYSTEM_ACTOR, "jobs_sweep", (), f"{len(job_ids)} jobs were forgotten, which had "
-                                      f"ended before {utc_text(before_s)}", {"jobIds": job_ids}, kind="system"))
+                sentence = f"{len(job_ids)} jobs were forgotten, which had ended before {utc_text(before_s)}"
+                tx.record(AuditRecord(SYSTEM_ACTOR, "jobs_sweep", (), sentence, {"jobIds": job_ids}))
             return job_ids
 
         job_ids = await self._store.write(work)
@@ -7281,7 +7308,7 @@ class JobRunner:
 
     async def start(self) -> None:
         """Take over: what another process left under way has failed, then evals are run."""
-        await self._interrupt()
+        await self._interrupt(self._early)
         self._driver = asyncio.create_task(self._drive())
 
     async def stop(self) -> None:
@@ -7295,10 +7322,11 @@ class JobRunner:
         with contextlib.suppress(Unavailable):  # no database: the next start does it
             await self._interrupt()
 
-    async def _interrupt(self) -> None:
+    async def _interrupt(self, spared: Collection[str] = ()) -> None:
         """Whatever is under way by its row, and by nothing else, has failed."""
         for job in self._store.list_jobs(1_000_000, _UNDER_WAY):
-            await self._end(job, JobStatus.FAILED, INTERRUPTED)
+            if job.job_id not in spared:
+                await self._end(job, JobStatus.FAILED, INTERRUPTED)
 
     async def _drive(self) -> None:
         """Launch what waits whenever something was queued or has ended."""
@@ -7314,7 +7342,9 @@ class JobRunner:
 
     def _launch_waiting(self) -> None:
         room = self._config.max_jobs - len(self._runs)
-        waiting = self._store.list_jobs(self._config.max_queued_jobs + 1, (JobStatus.QUEUED,)) if room > 0 else []
+        if room <= 0:
+            return
+        waiting = self._store.list_jobs(self._config.max_queued_jobs + 1, (JobStatus.QUEUED,))
         for job in [job for job in reversed(waiting) if job.job_id not in self._runs][:room]:
             self._launch(job)
 
@@ -7348,7 +7378,8 @@ class JobRunner:
         if problem:
             await self._end(job, JobStatus.FAILED, problem)
             return
-        if not await self._move(job, (JobStatus.QUEUED,), JobStatus.RUNNING, "eval_running", f"{_name(job)} runs"):
+        sentence = f"{_name(job)} runs"
+        if not await self._move(job, (JobStatus.QUEUED,), JobStatus.RUNNING, "eval_running", sentence):
             return  # cancelled while it waited
         task = self._plan.tasks.get(job.task_id)
         limit_s = task.timeout_seconds if task else BUILTIN_TIMEOUT_S
@@ -7374,7 +7405,8 @@ class JobRunner:
         if task is None:
             context = ProbeContext(job.job_id, self._store, self._config, self._clock, self.endpoint)
             return BuiltinAttempt(self._builtins[job.task_id], context)
-        command = CommandAttempt(task, self._config.repo_root, os.path.join(self._folder, job.job_id), self._clock.now_s())
+        folder = os.path.join(self._folder, job.job_id)
+        command = CommandAttempt(task, self._config.repo_root, folder, self._clock.now_s())
         await command.start(self._plan.configs.get(job.config_id) or EvalConfig(job.config_id), self._environ)
         return command
 
@@ -7415,7 +7447,8 @@ class JobRunner:
         sentence = f"{_name(job)} {_ENDINGS[status]}" + (f": {reason}" if reason else "")
         while True:
             try:
-                await self._move(job, _UNDER_WAY, status, f"eval_{word}", sentence, reason=reason, result=result)
+                await self._move(job, _UNDER_WAY, status, f"eval_{word}", sentence, reason=reason,
+                                 result=result)
                 return
             except Unavailable:
                 if self._is_stopping:
@@ -7483,8 +7516,8 @@ def _check_same(job: Job, task_id: str, config_id: str, is_dry_run: bool) -> Non
     """An idempotency key stands for one request; a different one under it is a mistake."""
     asked = (task_id, config_id, is_dry_run)
     if (job.task_id, job.config_id, job.status is JobStatus.DRY_RUN) != asked:
-        raise Conflict(f"this idempotencyKey belongs to {job.job_id}, which is {job.task_id} with {job.config_id}"
-                       f"{' as a dry run' if job.status is JobStatus.DRY_RUN else ''}; use a new key")
+        kind = " as a dry run" if job.status is JobStatus.DRY_RUN else ""
+        raise Conflict(f"this idempotencyKey belongs to {_name(job)}{kind}; use a new key")
 
 
 def _old_folders(folder: str, before_s: float) -> list[str]:
@@ -9368,7 +9401,8 @@ async def change_file(services: Services, call: Call, change: Change) -> Written
     try:
         written = await in_thread(services.repository.commit, change)
     except ToolError as error:
-        await services.store.write(lambda tx: end_intent(tx, call.actor, audit_id, details, "refused", error.word))
+        word = error.word
+        await services.store.write(lambda tx: end_intent(tx, call.actor, audit_id, details, "refused", word))
         raise
     await services.store.write(lambda tx: end_intent(tx, call.actor, audit_id, details, "done", None))
     return written
@@ -10576,10 +10610,11 @@ _STREAM_SEND_BUFFER = 131072  # else the kernel holds megabytes of a stream that
 class Wire:
     """What all connections share: the services, the open connections, the access log, the date."""
 
-    def __init__(self, services: Services, limits: HttpLimits, write_log: Callable[[str], None]):
+    def __init__(self, services: Services, limits: HttpLimits, write_log: Callable[[list[dict[str, Any]]], None]):
         self.services = services
         self.limits = limits
-        self.write_log = write_log
+        self.rows: list[dict[str, Any]] = []  # of the access log since the last sweep
+        self._write_log = write_log
         self.connections: set[Connection] = set()
         self.per_address: collections.Counter[str] = collections.Counter()
         self.date = email.utils.formatdate(usegmt=True)
@@ -10591,6 +10626,13 @@ class Wire:
         for connection in list(self.connections):
             if now_s > connection.deadline_s:
                 connection.expire()
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand the access log of the last half second to its writer, in one go."""
+        if self.rows:
+            self._write_log(self.rows)
+            self.rows = []
 
     def has_room(self, address: str) -> bool:
         """Whether one more connection of an address fits; loopback is bounded by the total only."""
@@ -10688,8 +10730,8 @@ class Connection(asyncio.Protocol):
             self._notify()
 
     def drain(self) -> None:
-        """The server stops: end the connection unless it serves a request."""
-        if not self.is_busy:
+        """The server stops: end the connection unless it serves a request or a stream."""
+        if not self.is_busy and not self.is_streaming:  # the broker has said goodbye on a stream, which ends after it
             self._transport.close()
 
     def _notify(self) -> None:
@@ -10853,8 +10895,8 @@ class Connection(asyncio.Protocol):
         response.headers += shared_headers(self._wire.services, None)
         self._transport.write(encode_response(response, keep_alive=not is_last, now_text=self._wire.date))
         self._wire.services.metrics.observe_request("other", "other", response.status, 0.0)
-        self._wire.write_log(to_text({"ts": utc_text(self._clock.now_s()), "ip": self._peer, "status": response.status,
-                                      "error": "no proper request"}))
+        self._wire.rows.append({"ts": self._clock.now_s(), "ip": self._peer, "status": response.status,
+                                "error": "no proper request"})
 
     def _linger(self) -> None:
         """Send no more, read and forget for a moment, then close."""
@@ -10875,12 +10917,12 @@ class Connection(asyncio.Protocol):
         services.metrics.observe_request(found.path if found else "other", request.method if found else "other",
                                          status, duration_s)
         principal = request.principal
-        self._wire.write_log(to_text({
-            "ts": utc_text(self._clock.now_s()), "ip": forwarded_address(
-                self._peer, request.headers.get("x-forwarded-for"), services.proxies),
-            "method": request.method, "path": mask_target(request.target)[:500], "status": status,
-            "ms": round(duration_s * 1000, 2), "key": principal.name if principal else None,
-            "ua": request.headers.get("user-agent", "")[:120]}))
+        address = self._peer if not services.proxies else forwarded_address(
+            self._peer, request.headers.get("x-forwarded-for"), services.proxies)
+        self._wire.rows.append({
+            "ts": self._clock.now_s(), "ip": address, "method": request.method,
+            "path": mask_target(request.target)[:500], "status": status, "ms": round(duration_s * 1000, 2),
+            "key": principal.name if principal else None, "ua": request.headers.get("user-agent", "")[:120]})
 
 
 def _missing(shared: list[tuple[str, str]], own: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -10979,32 +11021,28 @@ def _digest(block: bytes) -> str:
 
 
 class LogWriter:
-    """Lines for stderr, written by a thread of their own, so that a full pipe holds up nobody."""
+    """JSON lines for stderr, written by a thread of their own, so that a full pipe holds up nobody."""
 
     def __init__(self) -> None:
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._groups: queue.SimpleQueue[list[dict[str, Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
-    def write(self, line: str) -> None:
-        """Queue a line."""
-        self._lines.put(line)
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Queue some lines; their `ts` is in seconds."""
+        self._groups.put(rows)
 
     def stop(self) -> None:
         """Write what is queued."""
-        self._lines.put(None)
+        self._groups.put(None)
         self._thread.join(1.0)
 
     def _run(self) -> None:
-        while (line := self._lines.get()) is not None:
-            lines = [line]
-            while not self._lines.empty() and len(lines) < 256 and lines[-1] is not None:
-                lines.append(self._lines.get())
+        while (rows := self._groups.get()) is not None:
+            text = "".join(to_text(row | {"ts": utc_text(row["ts"])}) + "\n" for row in rows)
             with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write("".join(one + "\n" for one in lines if one is not None))
+                sys.stderr.write(text)
                 sys.stderr.flush()
-            if lines[-1] is None:
-                return
 
 
 class JsonHandler(logging.Handler):
@@ -11017,10 +11055,10 @@ class JsonHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue one record, with its traceback where there is one."""
-        line = {"ts": utc_text(self._clock.now_s()), "level": record.levelname.lower(), "event": record.getMessage()}
+        line = {"ts": self._clock.now_s(), "level": record.levelname.lower(), "event": record.getMessage()}
         if record.exc_info and record.exc_info[0]:
             line["trace"] = logging.Formatter().formatException(record.exc_info)
-        self._writer.write(to_text(line))
+        self._writer.write([line])
 
 
 class Server:
@@ -11140,6 +11178,7 @@ class Server:
         self._lease.release()
         for connection in list(self._wire.connections):
             connection.drain()
+        self._wire.flush()
 
 
 def _tls_context(config: Config) -> ssl.SSLContext:
