@@ -38,34 +38,88 @@ Contents:
    9. Http         bytes to requests, responses to bytes
   10. Access       who calls, from where, and may they now
   11. Chain        no row can be altered, removed, inserted or forged unseen
-  12. Tables       the original's database opens, everything else is left alone
-  13. Store        what was acknowledged is there, whole and in order
-  14. Broker       every subscriber hears each event once, in order, or is told of the gap
-  15. Policy       which arguments make which policy, and what is refused in which words
-  16. Statistics   tails against exact sums, the sequential test against its promise
-  17. Judge        verdicts on written samples, and the promises measured on the simulator
-  18. Promql       queries filled in and criticised, answers read
-  19. Prometheus   PromQL asked over HTTP in bounded threads, a Reading answered
-  20. Embedded     samples from observations that clients push; random ones for demonstrations
-  21. Watch        ticks on their grid, samples as they are stored, decisions as they are told
-  22. Canary       who may start, stop and approve what; and nothing is lost or decided twice
-  23. Children     a command ends with everything it started, however the server ends
-  24. Progress     foreign text becomes progress and numbers, or a reason
-  25. Probes       the built-in evals measure what is there, and name what is not
-  26. Attempts     what a command prints, writes and leaves is kept, within limits
-  27. Jobs         evals that run, and end in one final state whatever happens
-  28. Glob         patterns for paths
-  29. Patch        strict unified diffs, on bytes
-  30. Paths        what a caller names, proven to lie below the root
-  31. Contents     bytes of files to texts of the wire, and back
-  32. Repository   reading and writing files below the root
-  33. Cockpit      the page in a real browser against a real server
-  34. Golden       every recorded answer of the original server, as a row: what ours says to the same
-  35. Guide        every command of the deployment guide, run word for word
-  36. Package      what stands around the program: README, Dockerfile, CI, house rules, no packages
-  37. Bench        figures beside a bare peer in the same run: `python3 test_lukhas_mcp.py bench`
-  38. Misuse       bad input and bad days: a clear error each, and nothing lost or half written
-  39. Main         what the command line means
+  12. Ledger       holders of gates in order, calls of hooks, switches
+  13. Kept         old contents come back while they are kept, and make room when they must
+  14. Tables       the original's database opens, everything else is left alone
+  15. Store        what was acknowledged is there, whole and in order
+  16. Checkpoints  a cut-off tail is found, and whoever made the hashes anew
+  17. Evidence     the zip proves itself, and the same span gives the same bytes
+  18. Custody      a blanked row, sealed rows and a backup leave a log that is whole
+  19. Broker       every subscriber hears each event once, in order, or is told of the gap
+  20. Policy       which arguments make which policy, and what is refused in which words
+  21. Statistics   tails against exact sums, the sequential test against its promise
+  22. Judge        verdicts on written samples, and the promises measured on the simulator
+  23. Promql       queries filled in and criticised, answers read
+  24. Prometheus   PromQL asked over HTTP in bounded threads, a Reading answered
+  25. Brakes       stops that hold before they are stored, and a freeze across processes
+  26. Actuation    what is called for a decision, in which order, and what becomes of it
+  27. Embedded     samples from observations that clients push; random ones for demonstrations
+  28. Watch        ticks on their grid, samples as they are stored, decisions as they are told
+  29. Vigil        a promoted gate watched on, and taken back where that is allowed
+  30. Starts       what a start is refused for, and what it sets in motion
+  31. Driver       a canary's way from its traffic to its hooks
+  32. Rehearsal    the same samples under another policy, and what the samples can't tell
+  33. Backtest     windows of a remembered past, judged and counted
+  34. Canary       who may start, stop and approve what; and nothing is lost or decided twice
+  35. Children     a command ends with everything it started, however the server ends
+  36. Hooks        calls delivered to a scripted receiver: signed, repeated, in order, after a restart too
+  37. Progress     foreign text becomes progress and numbers, or a reason
+  38. Probes       the built-in evals measure what is there, and name what is not
+  39. Attempts     what a command prints, writes and leaves is kept, within limits
+  40. Jobs         evals that run, and end in one final state whatever happens
+  41. Glob         patterns for paths
+  42. Patch        strict unified diffs, on bytes
+  43. Paths        what a caller names, proven to lie below the root
+  44. Contents     bytes of files to texts of the wire, and back
+  45. Repository   reading and writing files below the root
+  46. Query        any text as a search: what is asked of the index, and how the answers are ranked
+  47. Git          what git says is read whole, and nothing that a repository's configuration names ever runs
+  48. Staging      what gets into a tree, and a lock that is whole or not there
+  49. Commits      only what was named, as the configured author, and the checkout stays as it is
+  50. Corpus       which files there are to be found, and what they hold
+  51. Survey       every figure can be counted again by hand
+  52. Index        the full-text index: one SQLite file that can be made again at any time
+  53. Finder       searching: the index read here, made and kept fresh by a process of its own
+  54. Metrics      the text that Prometheus reads
+  55. Exchange     what is said to a client before the answer, and what it says back
+  56. Sessions     a handshake, a stream, subscriptions, questions to the client
+  57. Toolkit      what every declared tool keeps: its schemas, its role, its audit row
+  58. SearchTools  one search over files and operations, and operations as documents
+  59. Works        a client that waits for an eval or a canary, and one that stops it
+  60. FileTools    a change is on record before it happens and after
+  61. GitTools     patches, commits, history and figures through a real server
+  62. OpsTools     evals, promotions and reasons, through a real server
+  63. RehearsalTools replay, backtest and the pages of canary_status through a real server
+  64. Undo         what was done is taken back exactly, once, and never over somebody else's work
+  65. GateTools    gates at a real server: limits, hooks, reverts, freezes, stops without commits, kill -9
+  66. Catalog      resources and prompts: found, refused, completed
+  67. Resources    what is behind each URI
+  68. Prompts      filled from what is here now
+  69. Revisions    what each revision of MCP is shown
+  70. Rpc          two eras on one endpoint, each with its own statuses
+  71. Methods      pages, hints, the two envelopes
+  72. Listening    subscriptions/listen, and jobs as tasks
+  73. Routes       who may take which route, and how each refusal looks
+  74. Exports      the evidence over HTTP: for keys, one at a time, nothing left behind
+  75. Lease        one process drives; the snapshot file goes out and comes in
+  76. Rounds       keys read again, checkpoints, and history that does not grow for ever
+  77. Connection   slow, early, half-closed, pipelining and deaf clients
+  78. Server       how it starts, drains, stops and survives its surroundings
+  79. Stdio        one client by lines
+  80. Console      status --wait, replay and backtest from the command line
+  81. Upkeep       the commands for a database, by their exit codes and lines
+  82. Cli          the command line
+  83. Cockpit      the page in a real browser against a real server
+  84. Golden       every recorded answer of the original server, as a row: what ours says to the same
+  85. Guide        every command of the deployment guide, run word for word
+  86. Package      what stands around the program: README, Dockerfile, CI, house rules, no packages
+  87. Searchset    queries with known answers from any repository: `python3 test_lukhas_mcp.py benchsearch [PATH]`
+  88. Bench        figures beside a bare peer in the same run: `python3 test_lukhas_mcp.py bench`
+  89. Misuse       bad input and bad days: a clear error each, and nothing lost or half written
+  90. Conformance  the official suite, strict, on a server with its fixtures and on the real one
+  91. Clients      real ones: Python, TypeScript of both generations, the Inspector
+  92. CanaryProof  the promises of canaries on a real server, a real Prometheus and real crashes
+  93. Main         what the command line means
 """
 
 from __future__ import annotations
@@ -119,7 +173,7 @@ def make_environment(requirements: list[str]) -> str:
     if not (folder / "complete").exists():
         print(f"making the test environment {folder} (once; about a minute)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],
+        subprocess.run([python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *requirements],
                        check=True)
         (folder / "complete").touch()
     return str(python)
@@ -134,7 +188,7 @@ def enter_environment() -> None:
         python = make_environment(requirements)
     except (subprocess.CalledProcessError, OSError) as error:
         sys.exit(f"the test environment could not be made: {error}")
-    sys.exit(subprocess.run([python, __file__, *sys.argv[1:]]).returncode)
+    os.execv(python, [python, __file__, *sys.argv[1:]])
 
 
 if __name__ == "__main__":
@@ -147,23 +201,28 @@ import argparse
 import ast
 import asyncio
 import base64
+import collections
 import concurrent.futures
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import errno
 import fcntl
 import fnmatch
 import functools
+import gc
 import h11
 import hashlib
 import http.client
 import http.server
 import hypothesis
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
+import logging
 import lukhas_mcp as lm
 import math
 import multiprocessing
@@ -189,13 +248,15 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import types
 import urllib.request
+import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from hypothesis import example, given, settings, strategies as st
 from typing import Any
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 import hypothesis
 import pytest
@@ -215,7 +276,8 @@ from hypothesis import strategies as st
 
 PROGRAM = HERE / "lukhas_mcp.py"
 OWN_VARIABLES = re.compile(r"(LUKHAS_|MCP_|PROM_|CANARY_)|(HOST|PORT|GITHUB_VIEW_BASE)$")
-FILES = {"README.md": "# scratch\n\nA small repository.\n", "docs/guide.md": "# guide\n\nline two\nline three\n",
+FILES = {"README.md": "# scratch\n\nA small repository.\n",
+         "docs/guide.md": "# guide\n\nline two\nline three\n",
          "src/app.py": "def main():\n    return 0\n"}
 
 hypothesis.settings.register_profile("house", deadline=None, database=None, derandomize=IS_CI)
@@ -276,9 +338,9 @@ class FakeClock:
 
 
 class FakeSampler:
-    """Answers by a script: (p95 in ms, error rate), None for no data, a Reading, or a function of the question.
+    """Answers by a script: (p95 in ms, error rate), None for no data, a Reading, or a function.
 
-    The last entry answers for ever.
+    A function gets the question. The last entry answers for ever.
     """
 
     source = "prometheus"
@@ -331,7 +393,8 @@ def is_listening(port: int) -> bool:
 def git(folder: pathlib.Path, *words: str) -> str:
     """What git prints, with an identity and none of the caller's configuration."""
     environ = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
-    done = subprocess.run(["git", "-c", "user.name=Test", "-c", "user.email=test@example.org", "-C", str(folder), *words],
+    done = subprocess.run(["git", "-c", "user.name=Test", "-c", "user.email=test@example.org", "-C",
+                           str(folder), *words],
                           env=environ, check=True, capture_output=True, text=True)
     return done.stdout
 
@@ -406,7 +469,8 @@ def parse_frames(text: str) -> list[Frame]:
         for line in filter(None, block.split("\n")):
             name, _, value = line.partition(":")
             fields.setdefault(name or ":", []).append(value.removeprefix(" "))
-        event = fields.get("event", [":" if ":" in fields else "retry" if "retry" in fields else "message"])[-1]
+        event = fields.get("event",
+                           [":" if ":" in fields else "retry" if "retry" in fields else "message"])[-1]
         frames.append(Frame(event, "\n".join(fields.get("data", [])), fields.get("id", [None])[-1]))
     return frames
 
@@ -511,7 +575,8 @@ class Server:
         """Start the process and wait for nothing."""
         environ = clean_environ(**(self.settings | ({"PORT": self.port} if self.port else {})))
         with open(self.folder / "stdout.log", "ab") as out, open(self.folder / "stderr.log", "ab") as err:
-            self.process = subprocess.Popen([*self.command, str(self.program), *self.arguments], cwd=self.repo, env=environ,
+            self.process = subprocess.Popen([*self.command, str(self.program), *self.arguments],
+                                            cwd=self.repo, env=environ,
                                             stdin=subprocess.DEVNULL, stdout=out, stderr=err, **self.popen)
 
     def start(self, timeout_s: float = 20.0) -> Server:
@@ -536,7 +601,8 @@ class Server:
             return False
 
     def _check_alive(self) -> None:
-        assert self.process.poll() is None, f"the server ended with {self.process.returncode}: {self.stderr[-2000:]}"
+        code = self.process.poll()
+        assert code is None, f"the server ended with {code}: {self.stderr[-2000:]}"
 
     @property
     def is_alive(self) -> bool:
@@ -552,7 +618,8 @@ class Server:
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"still alive {timeout_s} s after SIGTERM: {self.stderr[-2000:]}") from None
-        assert "Traceback" not in self.stderr, self.stderr[-4000:]
+        faults = [self.stderr[found.start():][:1500] for found in re.finditer("Traceback", self.stderr)]
+        assert not faults, faults[0]
         return code
 
     def kill(self) -> None:
@@ -581,16 +648,20 @@ class Server:
     def _send(self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | str | None,
               headers: dict[str, str] | None) -> None:
         own = {"X-API-Key": self.key} if self.key else {}
-        connection.request(method, path, body.encode() if isinstance(body, str) else body, {**own, **(headers or {})})
+        connection.request(method, path, body.encode() if isinstance(body, str) else body,
+                           {**own, **(headers or {})})
 
     def rpc(self, method: str, params: Any = None, headers: dict[str, str] | None = None,
             request_id: Any = 1) -> tuple[int, dict[str, str], Any]:
         """Status, headers and document of one JSON-RPC request, sent as a bare curl would."""
-        message = {"jsonrpc": "2.0", "id": request_id, "method": method} | ({} if params is None else {"params": params})
-        answer = self.request("POST", "/mcp", json.dumps(message), {"Content-Type": "application/json", **(headers or {})})
+        message = {"jsonrpc": "2.0", "id": request_id,
+                   "method": method} | ({} if params is None else {"params": params})
+        answer = self.request("POST", "/mcp", json.dumps(message),
+                              {"Content-Type": "application/json", **(headers or {})})
         return answer.status, answer.headers, answer.json if answer.body else None
 
-    def result(self, tool: str, arguments: dict[str, Any], headers: dict[str, str] | None = None) -> dict[str, Any]:
+    def result(self, tool: str, arguments: dict[str, Any], headers: dict[str, str] | None = None) -> dict[str,
+            Any]:
         """The result of a tool call as it came, an error of the tool or not."""
         status, _, document = self.rpc("tools/call", {"name": tool, "arguments": arguments}, headers)
         assert status == 200 and "result" in document, (status, document)
@@ -624,7 +695,8 @@ class Server:
     def wait_for(self, tool: str, timeout_s: float = 20.0, **arguments: Any) -> dict[str, Any]:
         """The document of `status` or `canary_status` once the job or canary is final."""
         under_way = ("QUEUED", "RUNNING", "PENDING", "PAUSED")
-        return wait_until(lambda: (found := self.call(tool, **arguments))["status"] not in under_way and found,
+        return wait_until(lambda: (found := self.call(tool, **arguments))["status"] not in under_way
+                          and found,
                           timeout_s, f"a final state of {arguments}")
 
 
@@ -643,7 +715,8 @@ def make_server(tmp_path_factory: Any) -> Iterator[Callable[..., Server]]:
     made: list[Server] = []
 
     def make(*, started: bool = True, folder: pathlib.Path | None = None, **options: Any) -> Server:
-        own = {name: options.pop(name) for name in ("arguments", "key", "command", "popen", "port") if name in options}
+        own = {name: options.pop(name) for name in ("arguments", "key", "command", "popen", "port")
+               if name in options}
         made.append(Server(folder or tmp_path_factory.mktemp("server"), options, **own))
         return made[-1].start() if started else made[-1]
 
@@ -742,7 +815,8 @@ class TestGround:
         (b"18446744073709551616", 2 ** 64), (b"-9223372036854775809", -(2 ** 63) - 1),
         (b"[123456789012345678901234567890]", [123456789012345678901234567890]),
         (b'"1234567890123456789"', "1234567890123456789"), (b"1.5", 1.5), (b"-0", 0), (b'{"a":1,"a":2}', {"a": 2}),
-        (b'" \xe2\x80\xa8 \\u2028 \\ud83d\\ude00"', " \u2028 \u2028 \U0001f600"), (b" \t\r\n null \n", None)])
+        (b'" \xe2\x80\xa8 \\u2028 \\ud83d\\ude00"', " \u2028 \u2028 \U0001f600"), (b" \t\r\n null \n", None),
+        (b'"\\ud800"', "\ud800"), (b'["\\uDC00\\ud83d\\ude00"]', ["\udc00\U0001f600"])])
     def test_read(self, codec, text, value):
         assert lm.parse_json(text) == value
 
@@ -1225,7 +1299,13 @@ class TestPlan:
         assert plan.gates["production"] == lm.GateLimits(
             "production", 500.0, 0.01, 300.0, 500, ("guarded",), "canary", ("eval:unit",), {"lat": "up", "err": "down"})
         assert plan.hooks["mesh"] == lm.Hook("mesh", "webhook", "https://example.org/hook", (), "/run/secret", 10.0)
-        assert plan.defaults == {"onStart": "mesh", "onPromote": "mesh", "onRollback": "mesh"}
+        assert plan.defaults == {"onStart": ("mesh",), "onPromote": ("mesh",), "onRollback": ("mesh",)}
+
+    def test_hooks_are_named_by_moment_one_or_several(self):
+        plan = lm.parse_plan("[hooks.a]\nurl='http://x'\n[hooks.b]\nkind='command'\ncommand=['x']\nmoments=['onStart']\n"
+                             "[defaults]\nonStart=['a','b']\nonRollback='a'")
+        assert plan.defaults == {"onStart": ("a", "b"), "onRollback": ("a",)}
+        assert plan.hooks["a"].moments == lm.HOOK_MOMENTS and plan.hooks["b"].moments == ("onStart",)
 
     def test_all_of_it_is_optional(self):
         assert lm.parse_plan("") == lm.Plan()
@@ -1233,6 +1313,14 @@ class TestPlan:
         assert lm.parse_plan("[gates.a]\n[configs.b]\n").gates["a"] == lm.GateLimits("a")
 
     @pytest.mark.parametrize(("text", "words"), [
+        ("[hooks.a]", ("hooks.a.url", "''", "http(s)://host")), ("[hooks.a]\nurl='ftp://x'", ("ftp://x",)),
+        ("[hooks.a]\nurl='http://u:p@x'", ("without a user",)), ("[hooks.a]\nkind='command'", ("hooks.a", "a list such as")),
+        ("[hooks.a]\nkind='command'\ncommand=['x']\nurl='http://x'", ("neither url",)),
+        ("[hooks.a]\nkind='notify'\nurl='http://x'\ncommand=['x']", ("a notify hook", "no command")),
+        ("[hooks.a]\nurl='http://x'\nmoments=['onstart']", ("hooks.a.moments", "'onstart'", "onStart")),
+        ("[hooks.a]\nurl='http://x'\nmoments=['onPromote']\n[defaults]\nonStart='a'", ("defaults.onStart", "onPromote only")),
+        ("[gates.a]\nrequires=['unit']", ("gates.a.requires", "'unit'", "eval:TASK")),
+        ("[gates.a]\nrevert='now'", ("gates.a.revert", "'now'", "propose, auto")),
         ("[task.a]", ("task", "tasks")), ("[tasks.a]\ncommand=['x']\ntimeout=1", ("tasks.a", "timeout", "timeout_seconds")),
         ("[gates.a]\nmax_eror_rate=0.1", ("gates.a", "max_eror_rate", "max_error_rate")),
         ("[configs.a]\narg=['x']", ("configs.a", "arg", "args")), ("[hooks.a]\nuri='x'", ("hooks.a", "uri", "url")),
@@ -1323,7 +1411,7 @@ class TestSchema:
         ({"id": "a", "policy": {"targets": {"lat": "x"}}}, ["policy.targets.lat is 'x'"]),
         ({"id": "a", "policy": [1]}, ["policy is list", "an object"]), ({"id": "a", "text": ""}, ["text", "at least 1"]),
         ({"id": "a", "text": "123456"}, ["text has 6 characters", "at most 5"]),
-        ({"id": "x\ny" * 400}, ["id is"]), ([], ["the value is list", "an object"]), ("x", ["the value is 'x'"])])
+        ({"id": "x\ny" * 400}, ["id is"]), ({"id": "a", "text": "\ud800"}, ["text is '\\ud800'", "valid Unicode"]), ([], ["the value is list", "an object"]), ("x", ["the value is 'x'"])])
     def test_problems(self, given, words):
         _, problems = lm.validate(given, NESTED)
         assert len(problems) == 1 and all(word in problems[0] for word in words), problems
@@ -1332,6 +1420,10 @@ class TestSchema:
     def test_every_problem_is_told_at_once(self):
         _, problems = lm.validate({"limit": "x", "dry": 0, "words": [[], {}]}, NESTED)
         assert [text.split(" ")[0] for text in problems] == ["id", "limit", "dry", "words[0]", "words[1]"]
+
+    def test_a_list_of_mistakes_is_not_told_to_its_end(self):
+        _, problems = lm.validate(["x"] * 1_000_000, lm.array(lm.number()), "numbers")
+        assert 1 < len(problems) < 100
 
     @hypothesis.given(ANY_JSON)
     def test_it_never_raises(self, value):
@@ -2526,7 +2618,154 @@ class TestChain:
 
 
 # ==============================================================================
-# 12. Tables -- the original's database opens, everything else is left alone
+# 12. Ledger -- holders of gates in order, calls of hooks, switches
+# uses: Front, Fakes
+# ==============================================================================
+
+
+def run_in_store(folder, story, clock=None):
+    """Run `story(store, write)` on a store; `write` awaits a work."""
+    async def work():
+        async with open_store(folder, clock or FakeClock()) as store:
+            await story(store, store.write)
+    run_async(work())
+
+
+class TestLedger:
+    """Rows about gates."""
+
+    def test_holders_come_and_go(self, tmp_path):
+        async def story(store, write):
+            await write(lambda tx: tx.promote("a", "prod"))
+            await write(lambda tx: tx.promote("b", "prod", kind="canary", actor="ada", change_id="canary_1"))
+            assert store.holder_of("prod")["modelId"] == "b" and store.held_gates() == ["prod"]
+            await write(lambda tx: tx.withdraw("b", "prod", "a", kind="revert", actor="bob", change_id="revert_1"))
+            assert store.holder_of("prod")["modelId"] == "a" and store.models_at("prod") == ["a"]
+            assert store.find_model("b")["promoted"] is False and store.find_model("a")["promoted"] is True
+            await write(lambda tx: tx.withdraw("a", "prod", None, kind="revert", actor="bob", change_id="revert_2"))
+            assert store.holder_of("prod") is None and store.models_at("prod") == [] and store.held_gates() == ["prod"]
+            assert [(one.model_id, one.kind, one.actor, one.change_id) for one in store.load_promotions("prod")] == [
+                ("a", "direct", "system", ""), ("b", "canary", "ada", "canary_1"), ("a", "revert", "bob", "revert_1"),
+                ("", "revert", "bob", "revert_2")]
+            assert store.load_promotions("prod", 1)[0].to_wire()["modelId"] is None
+        run_in_store(tmp_path, story)
+
+    def test_who_held_a_gate_before_this_server_is_adopted(self, tmp_path):
+        async def story(store, write):
+            await write(lambda tx: tx.import_model("old", "2025-01-01T00:00:00.000Z", ["prod"]))
+            assert store.holder_of("prod")["modelId"] == "old" and store.load_promotions("prod") == []
+            await write(lambda tx: tx.promote("new", "prod"))
+            assert [(one.model_id, one.kind) for one in store.load_promotions("prod")] == [("old", "adopted"),
+                                                                                          ("new", "direct")]
+        run_in_store(tmp_path, story)
+
+    def test_a_call_is_queued_once_and_settled_once(self, tmp_path):
+        async def story(store, write):
+            for _ in range(2):
+                await write(lambda tx: tx.add_delivery("canary_1", "promote", "mesh", "prod", {"a": 1}))
+            [one] = store.open_deliveries()
+            assert (one.key, one.state, one.attempts, one.body, one.due_s) == (
+                "canary_1/promote", "pending", 0, {"a": 1}, FakeClock().now_s())
+            moved = await write(lambda tx: tx.move_delivery(one.delivery_id, state="pending", attempts=1, due_s=5.0,
+                                                            outcome={"fault": "x"}))
+            assert (moved.attempts, moved.due_s, moved.outcome) == (1, 5.0, {"fault": "x"}) and moved.is_open
+            await write(lambda tx: tx.move_delivery(one.delivery_id, state="done", attempts=2))
+            assert await write(lambda tx: tx.move_delivery(one.delivery_id, state="failed")) is None
+            assert store.open_deliveries() == [] and store.load_deliveries("canary_1")[0].to_wire() == {
+                "moment": "promote", "hook": "mesh", "state": "done", "attempts": 2, "idempotencyKey": "canary_1/promote",
+                "lastOutcome": {"fault": "x"}, "nextAttemptAt": None}
+        run_in_store(tmp_path, story)
+
+    def test_switches_and_passes(self, tmp_path):
+        async def story(store, write):
+            assert store.find_switch("freeze") is None
+            for value in ({"by": "ada"}, {"by": "bob"}):
+                await write(lambda tx, value=value: tx.set_switch("freeze", value))
+            assert store.find_switch("freeze") == {"by": "bob"}
+            await write(lambda tx: tx.set_switch("freeze", None))
+            assert store.find_switch("freeze") is None
+            for at, status in enumerate(("FAILED", "COMPLETED")):
+                await write(lambda tx, at=at, status=status: tx.insert_job(lm.Job(
+                    f"job_{at}", "unit", "ci", lm.JobStatus(status), tx.now, tx.now, model_id="m")))
+            assert store.find_pass("unit", "m") == "job_1" and store.find_job("job_1").to_wire()["modelId"] == "m"
+            assert store.find_pass("unit", "n") is None and store.find_pass("lint", "m") is None
+        run_in_store(tmp_path, story)
+
+
+# ==============================================================================
+# 13. Kept -- old contents come back while they are kept, and make room when they must
+# uses: Front, Fakes, Tables, Store
+# ==============================================================================
+
+
+def keep(tx, text):
+    """Keep a text; tells its sha256."""
+    sha256 = hashlib.sha256(text).hexdigest()
+    tx.keep_content(sha256, text)
+    return sha256
+
+
+class TestKept:
+    """Contents by sha256, audit rows by actor and by id."""
+
+    def test_contents_come_back_once_each(self, tmp_path):
+        async def story():
+            async with open_store(tmp_path) as store:
+                names = [await store.write(lambda tx, text=text: keep(tx, text)) for text in (b"a", b"", b"\0\xff", b"a")]
+                assert [store.load_content(name) for name in names] == [b"a", b"", b"\0\xff", b"a"]
+                assert store.count("kept_contents") == 3 and store.load_content("0" * 64) is None
+        run_async(story())
+
+    def test_old_ones_and_too_many_go(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(lm, "_MAX_KEPT_TOTAL_BYTES", 100)
+        clock = FakeClock()
+
+        async def story():
+            async with open_store(tmp_path, clock) as store:
+                first = await store.write(lambda tx: keep(tx, b"first"))
+                clock.passed_s += 29 * 86400
+                second = await store.write(lambda tx: keep(tx, b"second"))
+                assert await store.write(lambda tx: tx.sweep_contents()) == 0
+                clock.passed_s += 2 * 86400
+                assert await store.write(lambda tx: tx.sweep_contents()) == 1
+                assert store.load_content(first) is None and store.load_content(second) == b"second"
+                names = [await store.write(lambda tx, at=at: keep(tx, b"%02d" % at * 10)) for at in range(80)]
+                kept = [name for name in names if store.load_content(name)]
+                assert kept == names[-len(kept):] and 5 <= len(kept) < 5 + 32 and store.load_content(second) is None
+        run_async(story())
+
+    def test_a_content_that_is_replaced_again_is_young_again(self, tmp_path):
+        clock = FakeClock()
+
+        async def story():
+            async with open_store(tmp_path, clock) as store:
+                name = await store.write(lambda tx: keep(tx, b"text"))
+                clock.passed_s += 29 * 86400
+                await store.write(lambda tx: keep(tx, b"text"))
+                clock.passed_s += 29 * 86400
+                assert await store.write(lambda tx: tx.sweep_contents()) == 0 and store.load_content(name) == b"text"
+        run_async(story())
+
+    def test_rows_are_found_by_actor_and_by_what_they_concern(self, tmp_path):
+        clock = FakeClock()
+
+        async def story():
+            async with open_store(tmp_path, clock) as store:
+                for at in range(6):
+                    clock.passed_s += 60
+                    actor = lm.Actor("me" if at % 2 else "you")
+                    await store.write(lambda tx: tx.record(lm.AuditRecord(actor, f"act_{at}", ("thing", f"id-{at}"), "m")))
+                since = lm.utc_text(clock.now_s() - 150)
+                assert [row.action for row in store.audits_of("me", since, 2**62, 10)] == ["act_5", "act_3"]
+                assert [row.action for row in store.audits_of("me", "", 6, 1)] == ["act_3"]
+                assert [row.audit_id for row in store.linked_audits("thing", 4)] == [5, 6]
+                assert [row.audit_id for row in store.linked_audits("thing", action="act_1")] == [2]
+                assert store.find_audit(3).action == "act_2" and store.find_audit(99) is None
+        run_async(story())
+
+
+# ==============================================================================
+# 14. Tables -- the original's database opens, everything else is left alone
 # uses: Front, Fakes
 # ==============================================================================
 
@@ -2814,7 +3053,7 @@ class TestTables:
 
 
 # ==============================================================================
-# 13. Store -- what was acknowledged is there, whole and in order
+# 15. Store -- what was acknowledged is there, whole and in order
 # uses: Front, Fakes, Tables
 # ==============================================================================
 
@@ -2843,7 +3082,7 @@ def write_event(tx, at, kind="job"):
     return tx.publish(kind, f"{kind}_{at}", "step", {"at": at, "narrative": "n"}).event_id
 
 
-WRITER = """
+STORE_WRITER = """
 async def story():
     store = lm.Store(sys.argv[1], lm.SystemClock())
     store.start()
@@ -3115,7 +3354,7 @@ class TestStore:
     def test_a_killed_process_loses_nothing_that_it_acknowledged(self, tmp_path):
         path = tmp_path / "state.db"
         for number in range(2):
-            process = run_python(WRITER, path, number, 100_000)
+            process = run_python(STORE_WRITER, path, number, 100_000)
             lines = [process.stdout.readline() for _ in range(200)]
             process.kill()
             lines += process.communicate()[0].splitlines(keepends=True)
@@ -3130,7 +3369,7 @@ class TestStore:
     def test_processes_share_a_database(self, tmp_path):
         path = tmp_path / "state.db"
         open_and_close(path)
-        processes = [run_python(WRITER, path, number, 100) for number in range(3)]
+        processes = [run_python(STORE_WRITER, path, number, 100) for number in range(3)]
         printed = [process.communicate(timeout=60)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0, 0], printed
         ids = [tuple(map(int, line.split())) for text in printed for line in text.splitlines()]
@@ -3206,7 +3445,442 @@ class TestStore:
 
 
 # ==============================================================================
-# 14. Broker -- every subscriber hears each event once, in order, or is told of the gap
+# 16. Checkpoints -- a cut-off tail is found, and whoever made the hashes anew
+# uses: Front, Fakes, Tables, Store
+# ==============================================================================
+
+
+def fill_log(folder, count, *, clock=None):
+    """A database with `count` audit rows and its checkpoints, closed; its path."""
+    async def story():
+        async with open_store(folder, clock) as store:
+            marks = lm.CheckpointFile(store, clock or lm.SystemClock())
+            await marks.start()
+            await store.write(lambda tx: [tx.record(make_record(at)) for at in range(count)])
+            await marks.save(is_last=True)
+    run_async(story())
+    return folder / "state.db"
+
+
+def copy_log(path, folder, name):
+    """A copy of a closed database without its checkpoints."""
+    return shutil.copyfile(path, folder / name)
+
+
+MANNERS = {
+    "changed": "UPDATE audits SET payload_json=payload_json||' ' WHERE id={at}",
+    "removed": "DELETE FROM audits WHERE id={at}",
+    "removed and closed up": "DELETE FROM audits WHERE id={at}; UPDATE audits SET id=id-1 WHERE id>{at}",
+    "inserted": "UPDATE audits SET id=-id-1 WHERE id>={at}; UPDATE audits SET id=-id WHERE id<0; INSERT INTO audits SELECT {at}, ts, "
+                "actor, action, payload_json, hash FROM audits WHERE id={at}+1",
+    "swapped": "UPDATE audits SET id=-1 WHERE id={at}; UPDATE audits SET id={at} WHERE id={at}+1; "
+               "UPDATE audits SET id={at}+1 WHERE id=-1",
+    "no text": "UPDATE audits SET payload_json=CAST(x'ff00' AS TEXT) WHERE id={at}",
+    "a blob": "UPDATE audits SET ts=x'00' WHERE id={at}"}
+
+
+class TestCheckpoints:
+    """The file beside the database, and the check offline."""
+
+    def test_lines_come_back(self):
+        marks = [lm.Checkpoint(1, "a" * 64, "2025-01-01T00:00:00.000Z", 5), lm.Checkpoint(2**50, "0" * 64, "2025-01-01T00:00:00.000Z")]
+        text = "".join(one.to_line() for one in marks)
+        assert lm.parse_checkpoints(text) == marks
+        for end in range(len(text)):
+            assert lm.parse_checkpoints(text[:end]) in ([], marks[:1]) or end >= len(text) - 2
+        assert lm.parse_checkpoints("x\nrow=1\n\x00" + text + "row=2 sha256=") == marks[1:]
+
+    @pytest.mark.parametrize("manner", MANNERS)
+    def test_the_first_wrong_row_is_named(self, tmp_path, manner):
+        path = fill_log(tmp_path, 40)
+        for at in (1, 2, 20, 39, 40):
+            if manner == "swapped" and at == 40:
+                continue
+            copy = copy_log(path, tmp_path, "copy.db")
+            with contextlib.closing(sqlite3.connect(copy)) as connection:
+                connection.executescript(MANNERS[manner].format(at=at))
+                connection.commit()
+            fault = lm.verify_log(str(copy)).fault
+            is_cut = manner.startswith("removed") and at == 40
+            assert (fault is None) == is_cut, (at, fault)
+            named = [int(one) for one in re.findall(r"row (\d+)", fault or "")]
+            assert is_cut or named[0] in ((at, at + 1) if manner == "inserted" else (at,)), (at, fault)
+            marks = lm.parse_checkpoints((tmp_path / "state.db.checkpoints").read_text())
+            assert lm.verify_log(str(copy), marks).fault, "with a checkpoint the end is known too"
+
+    def test_hashes_made_anew_are_found_by_a_checkpoint_only(self, tmp_path):
+        path = fill_log(tmp_path, 300)
+        marks = lm.parse_checkpoints((tmp_path / "state.db.checkpoints").read_text())
+        assert [one.audit_id for one in marks] == [256, 300]
+        copy = copy_log(path, tmp_path, "copy.db")
+        rows = [list(row) for row in read_rows(copy, "SELECT id, ts, actor, action, payload_json FROM audits ORDER BY id")]
+        rows[99][4] = '{"message":"nothing happened"}'
+        previous = lm.GENESIS
+        with contextlib.closing(sqlite3.connect(copy)) as connection:
+            for row in rows:
+                previous = lm.chain_hash(previous, lm.AuditRow(*row))
+                connection.execute("UPDATE audits SET payload_json=?, hash=? WHERE id=?", (row[4], previous, row[0]))
+            connection.commit()
+        assert lm.verify_log(str(copy)).fault is None
+        assert "row 256 is not the one of the checkpoint" in lm.verify_log(str(copy), marks).fault
+
+    def test_a_hundred_thousand_rows(self, tmp_path):
+        path = fill_log(tmp_path, 1)
+        row = lm.AuditRow(*read_rows(path, "SELECT id, ts, actor, action, payload_json, hash FROM audits")[0])
+        rows = [row]
+        for at in range(2, 100_001):
+            fresh = dataclasses.replace(row, audit_id=at, payload=json.dumps({"input": {"modelId": f"m{at}"}, "message": "x" * 80}))
+            rows.append(dataclasses.replace(fresh, digest=lm.chain_hash(rows[-1].digest, fresh)))
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.executemany("INSERT INTO audits (id, ts, actor, action, payload_json, hash) VALUES (?,?,?,?,?,?)",
+                                   map(dataclasses.astuple, rows[1:]))
+            connection.commit()
+        begun_s = time.process_time()
+        report = lm.verify_log(str(path))
+        assert report.fault is None and report.rows == 100_000
+        assert time.process_time() - begun_s < 2.0
+
+    def test_when_a_line_is_due(self, tmp_path):
+        clock = FakeClock()
+
+        async def story():
+            async with open_store(tmp_path, clock) as store:
+                marks = lm.CheckpointFile(store, clock)
+                await marks.start()
+
+                async def line_ids(count, passed_s, **options):
+                    if count:
+                        await store.write(lambda tx: [tx.record(make_record(at)) for at in range(count)])
+                    clock.passed_s += passed_s
+                    await marks.save(**options)
+                    text = (tmp_path / "state.db.checkpoints").read_text() if (tmp_path / "state.db.checkpoints").exists() else ""
+                    return [one.audit_id for one in lm.parse_checkpoints(text)]
+                assert await line_ids(0, 100) == []
+                assert await line_ids(5, 3) == []
+                assert await line_ids(0, 60) == [5]
+                assert await line_ids(0, 600) == [5], "no rows came"
+                assert await line_ids(600, 0, is_last=True) == [5, 256, 512, 605]
+                assert await line_ids(1, 1, is_last=True) == [5, 256, 512, 605, 606]
+                with open(tmp_path / "state.db.checkpoints", "a") as stream:
+                    stream.write("row=607 sha2")
+                assert (await line_ids(1, 1, is_last=True))[-1] == 607, "a torn line spoils nothing"
+                again = lm.CheckpointFile(store, clock)
+                await again.start()
+                assert again.last.audit_id == 607
+        run_async(story())
+        assert lm.verify_log(str(tmp_path / "state.db")).fault is None
+
+    def test_an_older_copy_goes_on_with_checkpoints_of_its_own(self, tmp_path):
+        path = fill_log(tmp_path, 5)
+        older = copy_log(path, tmp_path, "older.db")
+        fill_log(tmp_path, 5)
+        os.replace(older, path)
+        assert "row 6 is missing" in lm.verify_log(str(path)).fault
+        fill_log(tmp_path, 1)
+        assert lm.verify_log(str(path)).fault is None
+        assert "checkpoints_disagree" in [row[0] for row in read_rows(path, "SELECT action FROM audits")]
+        assert len(list(tmp_path.glob("state.db.checkpoints.2*"))) == 1
+
+    def test_growth(self, tmp_path):
+        now_s = 1_750_000_000.0
+        db = tmp_path / "x.db"
+        db.write_bytes(b"x" * 1000)
+        assert lm.measure_growth(str(db), 1000, now_s).day_bytes is None
+        lines = [lm.Checkpoint(1, "a" * 64, lm.utc_text(now_s - age_s), size).to_line()
+                 for age_s, size in ((30 * 86400, 1), (2 * 86400, 400), (86400, 900), (60, 990))]
+        (tmp_path / "x.db.checkpoints").write_text("".join(lines))
+        growth = lm.measure_growth(str(db), 1000, now_s)
+        assert growth.day_bytes == pytest.approx(300) and growth.days_left == pytest.approx(growth.free_bytes / 300)
+        assert lm.measure_growth(str(db), 100, now_s).days_left is None, "it shrank"
+
+    @pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + b"\0" * 100])
+    def test_what_is_no_database_is_usage(self, tmp_path, content):
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(lm.ConfigError):
+            lm.verify_log(str(tmp_path / "x"))
+
+    def test_a_damaged_page_is_a_fault(self, tmp_path):
+        path = fill_log(tmp_path, 3000)
+        content = bytearray(path.read_bytes())
+        page = content.index(read_rows(path, "SELECT hash FROM audits WHERE id=2500")[0][0].encode())
+        content[page - page % 4096:page - page % 4096 + 4096] = b"\xff" * 4096
+        path.write_bytes(content)
+        assert "row 2" in lm.verify_log(str(path)).fault
+
+
+# ==============================================================================
+# 17. Evidence -- the zip proves itself, and the same span gives the same bytes
+# uses: Front, Fakes, Tables, Store, Checkpoints
+# ==============================================================================
+
+
+MEMBERS = ["meta.json", "audits.json", "audits.csv", "narrative.txt", "canary_metrics.csv", "canaries.json", "checkpoints.txt",
+           "verify.py", "MANIFEST.sha256"]
+EVIDENCE_NOW_S = 1_750_000_000.0
+
+
+def make_zip(path, folder, asked_from="30d", asked_to="now", name="e.zip", **more):
+    """An evidence zip of a database; its path and its summary."""
+    now_s = more.pop("now_s", time.time())
+    with open(folder / name, "w+b") as stream:
+        summary = lm.write_evidence(stream, str(path), lm.parse_span(asked_from, asked_to, now_s), now_s, **more)
+    return folder / name, summary
+
+
+def spoil(members, name, change, *, with_manifest=False):
+    """Members with one of them changed; `with_manifest` as by somebody who also mends the manifest."""
+    members = members | {name: change(members[name])}
+    if with_manifest:
+        members["MANIFEST.sha256"] = "".join(f"{hashlib.sha256(members[one]).hexdigest()}  {one}\n" for one in MEMBERS[:-1]).encode()
+    return members
+
+
+class TestEvidence:
+    """A part of the log, on its own."""
+
+    @pytest.mark.parametrize(("text", "ago_s"), [("now", 0), ("30d", 30 * 86400), ("12h", 43200), ("90m", 5400), ("3650d", 3650 * 86400),
+                                                 ("2025-06-15T15:06:40Z", 0), ("2025-06-15T17:06:40+02:00", 0),
+                                                 ("2025-06-15T17:06:40 02:00", 0), ("2025-06-15", 15 * 3600 + 400)])
+    def test_moments(self, text, ago_s):
+        assert lm.parse_moment(text, "from", EVIDENCE_NOW_S) == EVIDENCE_NOW_S - ago_s
+
+    @pytest.mark.parametrize("text", ["", "banana", "0d", "3651d", "-1d", "1.5d", "30", "d", "30D", "30 d", "2025", "20250615", "2025-13-01",
+                                      "now ", "1e3d", "99999999999d", "\u0663d", "2025-06-15T25:00:00Z", "2020-01-01\n"])
+    def test_no_moments(self, text):
+        with pytest.raises(ValueError, match="from is .*allowed"):
+            lm.parse_moment(text, "from", EVIDENCE_NOW_S)
+
+    def test_the_end_comes_after_the_beginning(self):
+        with pytest.raises(ValueError, match="after"):
+            lm.parse_span("1d", "2d", EVIDENCE_NOW_S)
+
+    def test_what_is_in_it(self, tmp_path):
+        path = fill_log(tmp_path, 300)
+        zip_path, summary = make_zip(path, tmp_path)
+        assert (summary.rows, summary.first_id, summary.last_id) == (300, 1, 300)
+        with zipfile.ZipFile(zip_path) as archive:
+            assert archive.namelist() == MEMBERS and archive.testzip() is None
+            assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+            archive.extractall(tmp_path / "out")
+        stored = read_rows(path, "SELECT id, ts, actor, action, payload_json, hash FROM audits")
+        assert [tuple(one.values()) for one in json.loads((tmp_path / "out/audits.json").read_text())] == stored
+        with open(tmp_path / "out/audits.csv", newline="") as stream:
+            assert [(int(row[0]), *row[1:]) for row in list(csv.reader(stream))[1:]] == stored
+        lines = (tmp_path / "out/narrative.txt").read_text().splitlines()
+        assert len(lines) == 300 and all(NARRATIVE_LINE.fullmatch(line) for line in lines)
+        assert str(tmp_path) not in (tmp_path / "out/meta.json").read_text()
+        assert [one.audit_id for one in lm.parse_checkpoints((tmp_path / "out/checkpoints.txt").read_text())] == [256, 300, 300]
+        subprocess.run([require("sha256sum"), "-c", "--strict", "MANIFEST.sha256"], cwd=tmp_path / "out", check=True, capture_output=True)
+
+    def test_the_same_span_gives_the_same_bytes(self, tmp_path):
+        path = fill_log(tmp_path, 20)
+        found = [make_zip(path, tmp_path, "2020-01-01", "2100-01-01", f"{at}.zip", now_s=EVIDENCE_NOW_S + at)[0].read_bytes() for at in range(2)]
+        assert found[0] == found[1]
+
+    def test_an_empty_span(self, tmp_path):
+        zip_path, summary = make_zip(fill_log(tmp_path, 3), tmp_path, "2020-01-01", "2020-01-02")
+        members = lm.read_evidence(str(zip_path))
+        assert summary.rows == 0 and json.loads(members["audits.json"]) == [] and lm.find_evidence_fault(members) is None
+
+    def test_a_part_in_the_middle_begins_with_the_hash_before_it(self, tmp_path):
+        clock = FakeClock(EVIDENCE_NOW_S)
+        for at in range(4):
+            clock.passed_s = at * 86400.0
+            fill_log(tmp_path, 5, clock=clock)
+        zip_path, summary = make_zip(tmp_path / "state.db", tmp_path, "54h", "18h", now_s=EVIDENCE_NOW_S + 3 * 86400)
+        assert (summary.rows, summary.first_id, summary.last_id) == (10, 6, 15)
+        members = lm.read_evidence(str(zip_path))
+        assert lm.find_evidence_fault(members) is None
+        for name, change in (("meta.json", lambda text: text.replace(b'"id": 5,', b'"id": 4,')),
+                             ("audits.json", lambda text: text.replace(b"sentence 3", b"sentence 4")),
+                             ("meta.json", lambda text: re.sub(rb'"rows": \d+', b'"rows": 9', text))):
+            assert "was changed" in lm.find_evidence_fault(spoil(members, name, change))
+            assert lm.find_evidence_fault(spoil(members, name, change, with_manifest=True))
+
+    def test_rows_of_the_original(self, tmp_path):
+        path = make_original(tmp_path)
+        open_and_close(path)
+        for span in (("2020-01-01", "now"), ("2025-06-01T10:00:30Z", "2025-06-01T10:00:40Z"), ("2025-06-01T10:00:30Z", "now")):
+            zip_path, summary = make_zip(path, tmp_path, *span)
+            assert summary.rows >= 1 and lm.find_evidence_fault(lm.read_evidence(str(zip_path))) is None
+
+    @pytest.mark.parametrize(("name", "change", "words"), [
+        ("audits.json", lambda text: text.replace(b"sentence 2", b"sentence 9"), "row 3 was changed"),
+        ("audits.json", lambda text: b"5", "not what the server writes"), ("meta.json", lambda text: b"[]", "not what the server writes"),
+        ("audits.json", lambda text: text.replace(b'"id":', b'"di":'), "not what the server writes"),
+        ("checkpoints.txt", lambda text: re.sub(rb"sha256=.{8}", b"sha256=00000000", text), "not the one of the checkpoint")])
+    def test_a_spoilt_zip_is_found_by_its_own_program(self, tmp_path, name, change, words):
+        members = lm.read_evidence(str(make_zip(fill_log(tmp_path, 5), tmp_path)[0]))
+        assert lm.find_evidence_fault(spoil(members, name, change)) == f"{name} was changed"
+        assert lm.find_evidence_fault({one: text for one, text in members.items() if one != name}) == f"{name} is missing"
+        spoilt = spoil(members, name, change, with_manifest=True)
+        assert words in lm.find_evidence_fault(spoilt)
+        for folder, content, code in (("good", members, 0), ("bad", spoilt, 1)):
+            (tmp_path / folder).mkdir()
+            for one, text in content.items():
+                (tmp_path / folder / one).write_bytes(text)
+            done = subprocess.run([sys.executable, "-I", "verify.py"], cwd=tmp_path / folder, capture_output=True, text=True)
+            assert done.returncode == code and (words if code else "whole") in done.stdout, done
+
+    def test_no_manifest_is_no_proof(self):
+        assert "MANIFEST" in lm.find_evidence_fault({})
+        assert "is missing" in lm.find_evidence_fault({"MANIFEST.sha256": b"\xff\n\n  x\n"})
+
+    def test_no_caller_can_write_a_formula_or_a_line(self, tmp_path):
+        evil = ["=1+1", "+1", "-1", "@x", "\tx", "\rx", "a\n[2025-01-01 00:00] actor=system action=x details={}", "a\u2028b", "\u202ea", "\ud800"]
+
+        async def story():
+            async with open_store(tmp_path) as store:
+                for text in evil:
+                    await store.write(lambda tx, text=text: tx.record(lm.AuditRecord(
+                        lm.Actor(text.encode("utf-8", "replace").decode()), "act", ("x",), "m", {}, {"reason": text})))
+        run_async(story())
+        members = lm.read_evidence(str(make_zip(tmp_path / "state.db", tmp_path)[0]))
+        rows = list(csv.reader(io.StringIO(members["audits.csv"].decode(), newline="")))
+        assert len(rows) == len(evil) + 1 and all(cell[:1] not in tuple("=+-@\t\r") for row in rows for cell in row)
+        assert len(members["narrative.txt"].decode().splitlines()) == len(evil)
+        assert lm.find_evidence_fault(members) is None
+        assert [lm.csv_cell(value) for value in ("=x", "x", -1.5, None, "")] == ["'=x", "x", -1.5, None, ""]
+
+    def test_too_many_rows(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(lm, "MAX_EVIDENCE_ROWS", 4)
+        with pytest.raises(lm.HttpError, match="at most 4") as error:
+            make_zip(fill_log(tmp_path, 5), tmp_path)
+        assert error.value.status == 413
+
+    def test_what_is_no_zip(self, tmp_path):
+        (tmp_path / "x.zip").write_bytes(b"PK")
+        for name in ("x.zip", "nope.zip"):
+            with pytest.raises(lm.ConfigError, match=name):
+                lm.read_evidence(str(tmp_path / name))
+
+
+# ==============================================================================
+# 18. Custody -- a blanked row, sealed rows and a backup leave a log that is whole
+# uses: Front, Fakes, Tables, Store, Checkpoints, Evidence
+# ==============================================================================
+
+
+CLI = lm.Actor("cli")
+
+
+class TestCustody:
+    """What an operator does to the log by hand."""
+
+    def test_a_redacted_row_is_blank_everywhere_and_the_log_whole(self, tmp_path):
+        async def story():
+            async with open_store(tmp_path) as store:
+                digest = hashlib.sha256(b"the secret").hexdigest()
+                await store.write(lambda tx: tx.keep_content(digest, b"the secret"))
+                for at, text in enumerate(("one", "hunter2", "three")):
+                    await store.write(lambda tx, at=at, text=text: tx.record(make_record(
+                        at, f"id-{at}", input={"reason": text}, details={"previousSha256": digest if at == 1 else ""})))
+        run_async(story())
+        path = str(tmp_path / "state.db")
+        marks = [lm.Checkpoint(3, read_rows(path, "SELECT hash FROM audits WHERE id=3")[0][0], "2025-01-01T00:00:00.000Z")]
+        assert lm.redact_row(path, lm.SystemClock(), 2, CLI, "a password") == 4
+        report = lm.verify_log(path, marks)
+        assert report.fault is None and report.notes == ("row 2 was redacted by row 4 (cli)",)
+        assert b"hunter2" not in (tmp_path / "state.db").read_bytes() and b"the secret" not in (tmp_path / "state.db").read_bytes()
+        assert lm.find_evidence_fault(lm.read_evidence(str(make_zip(path, tmp_path)[0]))) is None
+        for sql, words in (("UPDATE audits SET actor='you' WHERE id=2", "row 2 "), ("UPDATE audits SET payload_json='{}' WHERE id=2", "row 2 "),
+                           ("UPDATE audits SET payload_json='{\"redacted\":true}' WHERE id=3", "row 3 "),
+                           ("UPDATE audits SET payload_json='{\"redacted\":true}' WHERE id=4", "row 2 "),
+                           ("DELETE FROM audits WHERE id=4", "row 2 ")):
+            copy = copy_log(path, tmp_path, "copy.db")
+            change_rows(copy, sql)
+            assert words in lm.verify_log(str(copy)).fault, sql
+        for audit_id, words in ((2, "already"), (4, "can't be redacted"), (9, "no audit row 9")):
+            with pytest.raises(lm.ConfigError, match=words):
+                lm.redact_row(path, lm.SystemClock(), audit_id, CLI, "x")
+        assert lm.verify_log(path).rows == 4
+
+    def test_rows_of_the_original_are_bound(self, tmp_path):
+        path = make_original(tmp_path)
+        open_and_close(path)
+        with pytest.raises(lm.ConfigError, match="can't be redacted"):
+            lm.redact_row(str(path), lm.SystemClock(), 1, CLI, "x")
+
+    def test_no_database_is_made(self, tmp_path):
+        for work in (lambda path: lm.redact_row(path, lm.SystemClock(), 1, CLI, "x"), lambda path: lm.back_up(path, path + ".b"),
+                     lambda path: lm.seal_rows(path, lm.SystemClock(), 0, path + ".zip", CLI)):
+            with pytest.raises(lm.ConfigError, match="no file"):
+                work(str(tmp_path / "nope.db"))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_sealed_rows_lie_in_the_zip_and_the_rest_is_whole(self, tmp_path):
+        clock = FakeClock(EVIDENCE_NOW_S)
+        path = str(make_original(tmp_path, "state.db"))
+        for day in range(4):
+            clock.passed_s = day * 86400.0
+            fill_log(tmp_path, 5, clock=clock)
+        total = read_rows(path, "SELECT count(*) FROM audits")[0][0]
+        for at, day in enumerate((0.5, 2.5, 9)):
+            summary = lm.seal_rows(path, clock, EVIDENCE_NOW_S + day * 86400, str(tmp_path / f"{at}.zip"), CLI)
+            report = lm.verify_log(path)
+            assert report.fault is None and f"sealed by row {summary.seal_id}" in report.notes[0], report
+            members = lm.read_evidence(str(tmp_path / f"{at}.zip"))
+            assert lm.find_evidence_fault(members) is None and len(lm.load_evidence_rows(members)) == summary.rows
+            assert hashlib.sha256((tmp_path / f"{at}.zip").read_bytes()).hexdigest() == summary.zip_sha256
+            assert read_rows(path, "SELECT min(id) FROM audits") == [(summary.last_id + 1,)]
+            assert not read_rows(path, "SELECT * FROM audit_links WHERE audit_id<=?", summary.last_id)
+            total += 1 - summary.rows
+            assert read_rows(path, "SELECT count(*) FROM audits") == [(total,)]
+        assert total == 1 and lm.seal_rows(path, clock, EVIDENCE_NOW_S, str(tmp_path / "no.zip"), CLI) is None
+        fill_log(tmp_path, 5, clock=clock)
+        assert lm.verify_log(path).fault is None
+        copy = copy_log(path, tmp_path, "copy.db")
+        change_rows(copy, "DELETE FROM audits WHERE id=(SELECT min(id) FROM audits)")
+        assert "no audit_seal row" in lm.verify_log(str(copy)).fault
+
+    def test_a_log_with_a_fault_is_not_sealed(self, tmp_path):
+        path = fill_log(tmp_path, 5)
+        change_rows(path, "UPDATE audits SET actor='you' WHERE id=2")
+        with pytest.raises(lm.ConfigError, match="row 2 was changed"):
+            lm.seal_rows(str(path), lm.SystemClock(), time.time() + 9, str(tmp_path / "x.zip"), CLI)
+        (tmp_path / "there.zip").write_bytes(b"mine")
+        change_rows(path, "UPDATE audits SET actor='me' WHERE id=2")
+        for name in ("there.zip", "nowhere/x.zip"):
+            with pytest.raises(lm.ConfigError, match="nothing was sealed"):
+                lm.seal_rows(str(path), lm.SystemClock(), time.time() + 9, str(tmp_path / name), CLI)
+        assert (tmp_path / "there.zip").read_bytes() == b"mine" and lm.verify_log(str(path)).rows == 5
+
+    def test_restore_drill(self, make_server):
+        """A backup under load; all is wiped and put back; what was acknowledged before it is there, canaries are decided."""
+        server = make_server(CANARY_INTERVAL_SECONDS=0.2)
+        canary_id = server.call("start_canary", modelId="m", fromGate="a", toGate="b", policy={
+            "windowSeconds": 600, "targets": {"latency_p95_ms": 100, "max_error_rate": 0.1}})["canaryId"]
+        stop, done = threading.Event(), []
+
+        def load():
+            while not stop.is_set():
+                done.append(server.call("promote_model", modelId=f"m{len(done)}", gate="g")["modelId"])
+        thread = threading.Thread(target=load)
+        thread.start()
+        wait_until(lambda: len(done) >= 20)
+        before = list(done)
+        environ = clean_environ(LUKHAS_REPO_ROOT=server.repo)
+        copy = server.folder / "copy.db"
+        found = subprocess.run([*python_command(), str(PROGRAM), "backup", str(copy)], env=environ, capture_output=True, text=True)
+        assert found.returncode == 0 and "whole" in found.stdout, found
+        again = subprocess.run([*python_command(), str(PROGRAM), "backup", str(copy)], env=environ, capture_output=True, text=True)
+        assert again.returncode == 2 and "exists" in again.stderr
+        stop.set()
+        thread.join()
+        server.kill()
+        for path in server.repo.glob(".mcp-state*"):
+            path.unlink()
+        shutil.copyfile(copy, server.db)
+        shutil.copyfile(f"{copy}.checkpoints", f"{server.db}.checkpoints")
+        server.restart()
+        assert {row[0] for row in read_rows(server.db, "SELECT model_id FROM model_gates WHERE gate='g'")} >= set(before)
+        wait_until(lambda: server.call("canary_status", canaryId=canary_id)["status"] in ("RUNNING", "ROLLED_BACK", "PAUSED"))
+        server.stop()
+        assert lm.verify_log(str(server.db), lm.read_checkpoints(f"{copy}.checkpoints")).fault is None
+
+
+# ==============================================================================
+# 19. Broker -- every subscriber hears each event once, in order, or is told of the gap
 # uses: Front, Fakes, Tables, Store
 # ==============================================================================
 
@@ -3231,6 +3905,7 @@ class Listener:
     """A subscriber whose frames are collected by a task."""
 
     def __init__(self, store, *topics, after=None):
+        self.is_resuming = after is not None
         self.subscriber = lm.Subscriber(store, lm.Topics(topics), after, "me")
         self.frames = []
         self._stream = store.broker.stream(self.subscriber)
@@ -3429,21 +4104,19 @@ class TestBroker:
                         await asyncio.sleep(0.005 + chance.random() / 50)
                         topics = chance.choice([("jobs",), ("*",), ("job/job1",), ("jobs", "canary/canary2"), ("job/*", "models")])
                         after = chance.choice([None, 0, chance.randint(1, store.newest_event_id() or 1)])
-                        listeners.append((Listener(store, *topics, after=after), topics, after))
+                        listeners.append((Listener(store, *topics, after=after), topics, after or 0, store.newest_event_id()))
                 await asyncio.gather(*(publisher(kind) for kind in ("job", "canary", "model")), joiner())
                 last = await store.write(lambda tx: [tx.publish(kind, f"{kind}{at}", "end", {}).event_id
                                                      for at in range(5) for kind in ("job", "canary", "model")][-1])
                 events = store.events_after(0, 10_000)
-                for listener, topics, after in listeners:
+                for listener, topics, after, newest in listeners:
                     wanted = [one.event_id for one in events if lm.Topics(topics).name_of(one)]
                     await listener.until(lambda frame: frame.id == str(wanted[-1]))
                     await listener.leave()
                     heard = ids_of(listener.frames)
                     assert heard == sorted(set(heard)), "in order, each once"
-                    first = next(int(one.id) for one in listener.frames if one.id and "snapshot" not in one.json)
-                    assert set(one for one in wanted if one >= first and one > (after or 0)) <= set(heard), "none is missing"
-                    if after is not None:
-                        assert heard == [one for one in wanted if one > after]
+                    since = after if listener.is_resuming else newest
+                    assert [one for one in heard if one > since] == [one for one in wanted if one > since], "none is missing"
                 assert last == events[-1].event_id and not store.broker.subscribers and not store.broker.cut
         run_async(story(), 60)
 
@@ -3608,19 +4281,19 @@ class TestStreams:
             with server.sse("jobs") as stream:
                 stream.until_event("open")
                 last = 0
-                for _ in range(5):  # by another process, since no tool makes events as large
+                for _ in range(7):  # by another process, since no tool makes events as large
                     with contextlib.closing(sqlite3.connect(server.db)) as foreign:
-                        for _ in range(30):
+                        for _ in range(20):
                             last = foreign.execute("INSERT INTO events (kind, entity_id, step, body_json) VALUES "
                                                    "('job', 'x', 'progress', ?)", (json.dumps({"text": "x" * 10_000}),)).lastrowid
                         foreign.commit()
                     stream.until(lambda frame: frame.id == str(last))
-                assert ids_of(stream.frames) == list(range(last - 149, last + 1)), "the other one hears everything"
+                assert ids_of(stream.frames) == list(range(last - 139, last + 1)), "the other one hears everything"
                 wait_until(lambda: dropped() == "1", 15, "the deaf one is cut off")
 
 
 # ==============================================================================
-# 15. Policy -- which arguments make which policy, and what is refused in which words
+# 20. Policy -- which arguments make which policy, and what is refused in which words
 # uses: Front, Fakes
 # ==============================================================================
 
@@ -3644,7 +4317,7 @@ class TestPolicy:
             "queryWindowSeconds": 30, "warmupSeconds": 60, "minRequests": 50, "minTickRequests": 20,
             "maxConsecutiveMissing": 2, "egregiousTicks": 2, "breachTicks": 5, "goodShare": 0.8, "lastGood": 2,
             "alpha": 0.01, "endAlpha": 0.05, "earlyPromoteFraction": None, "graceTicks": 3, "requireApproval": False,
-            "shadow": False, "onInconclusive": "rollback", "onConflict": "reject",
+            "shadow": False, "onInconclusive": "rollback", "onConflict": "reject", "watchSeconds": 0,
             "modeReason": "the raw counters are known", "rule": "guarded/1"}
 
     def test_classic_is_the_originals(self):
@@ -3674,7 +4347,8 @@ class TestPolicy:
         ({"targets": GOOD_TARGETS, "policy": {"targets": {"latency_p95_ms": 1, "max_error_rate": 0}}}, "give it once"),
         ({"targets": GOOD_TARGETS, "mode": "bake"}, "mode stands at the top level; put it under policy"),
         ({"targets": GOOD_TARGETS, "hooks": {}}, "hooks stands at the top level; put it under policy"),
-        ({"policy": {"hooks": {"onPromote": "x"}}}, "policy.hooks can't be given by a caller"),
+        ({"policy": {"hooks": {"onPromote": "x"}}}, "policy.hooks.onPromote names the hook 'x', which is not defined"),
+        ({"policy": {"hooks": []}}, "policy.hooks is []"), ({"policy": {"hooks": {"onpromote": "x"}}}, 'did you mean "onPromote"'),
         ({"policy": {"window_seconds": 60}}, 'unknown field policy.window_seconds; did you mean "windowSeconds"?'),
         ({"policy": {"zzz": 1}}, "unknown field policy.zzz"),
         ({"policy": "fast"}, "policy is 'fast'; it must be an object"),
@@ -3779,7 +4453,7 @@ class TestPolicy:
 
 
 # ==============================================================================
-# 16. Statistics -- tails against exact sums, the sequential test against its promise
+# 21. Statistics -- tails against exact sums, the sequential test against its promise
 # uses: Front, Fakes
 # ==============================================================================
 
@@ -3840,7 +4514,7 @@ class TestStatistics:
 
 
 # ==============================================================================
-# 17. Judge -- verdicts on written samples, and the promises measured on the simulator
+# 22. Judge -- verdicts on written samples, and the promises measured on the simulator
 # uses: Front, Fakes, Policy
 # ==============================================================================
 
@@ -4084,7 +4758,7 @@ class TestJudge:
 
 
 # ==============================================================================
-# 18. Promql -- queries filled in and criticised, answers read
+# 23. Promql -- queries filled in and criticised, answers read
 # uses: Front
 # ==============================================================================
 
@@ -4299,7 +4973,7 @@ class TestPromql:
 
 
 # ==============================================================================
-# 19. Prometheus -- PromQL asked over HTTP in bounded threads, a Reading answered
+# 24. Prometheus -- PromQL asked over HTTP in bounded threads, a Reading answered
 # uses: Front, Fakes, Promql
 # ==============================================================================
 
@@ -4968,7 +5642,333 @@ class TestPrometheus:
 
 
 # ==============================================================================
-# 20. Embedded -- samples from observations that clients push; random ones for demonstrations
+# 25. Brakes -- stops that hold before they are stored, and a freeze across processes
+# uses: Front, Fakes, Ledger
+# ==============================================================================
+
+
+@contextlib.contextmanager
+def failing_commits(store):
+    """A store whose commits fail, as on a full disk; reads go on."""
+    whole = store._write_group
+
+    def fail(works):
+        store.fault = "the database can't commit: disk I/O error"
+        for work in works:
+            work.error = lm.Unavailable(f"{store.fault}; nothing was changed")
+    store._write_group = fail
+    try:
+        yield
+    finally:
+        store._write_group = whole
+
+
+async def until_true(condition, timeout_s=10.0):
+    """The first true answer of a condition, asked while the loop runs."""
+    deadline_s = time.monotonic() + timeout_s
+    while not (answer := condition()):
+        assert time.monotonic() < deadline_s, "the condition did not come true"
+        await asyncio.sleep(0.002)
+    return answer
+
+
+ANN = lm.Actor("ann")
+
+
+class TestBrakes:
+    """Stopping works when nothing else does."""
+
+    def test_a_stop_holds_before_it_is_stored_and_not_after(self, tmp_path):
+        async def story(store, write):
+            brakes = lm.Brakes(store, FakeClock())
+            seen = []
+            assert await brakes.pull("canary_1", "abort", lambda tx: seen.append(brakes.hold_of("canary_1")) or "done") == "done"
+            assert seen == ["abort"] and brakes.hold_of("canary_1") == ""
+        run_in_store(tmp_path, story)
+
+    def test_without_commits_it_holds_in_memory_and_is_stored_when_they_work(self, tmp_path):
+        async def story(store, write):
+            brakes = lm.Brakes(store, FakeClock())
+            with failing_commits(store):
+                assert await brakes.pull("canary_1", "abort", lambda tx: tx.set_switch("x", {"a": 1})) is None
+                assert brakes.hold_of("canary_1") == "abort" and store.find_switch("x") is None
+            await until_true(lambda: not brakes.hold_of("canary_1"))
+            assert store.find_switch("x") == {"a": 1}
+            await brakes.stop()
+        run_in_store(tmp_path, story)
+
+    def test_a_later_stop_takes_the_place_of_one_that_waits(self, tmp_path):
+        async def story(store, write):
+            brakes = lm.Brakes(store, FakeClock())
+            with failing_commits(store):
+                await brakes.pull("canary_1", "pause", lambda tx: tx.set_switch("x", {"by": "pause"}))
+                await brakes.pull("canary_1", "abort", lambda tx: tx.set_switch("y", {"by": "abort"}))
+            await until_true(lambda: not brakes.hold_of("canary_1"))
+            assert store.find_switch("y") and not store.find_switch("x")
+            await brakes.stop()
+        run_in_store(tmp_path, story)
+
+    def test_what_a_stop_refuses_is_raised_and_holds_nothing(self, tmp_path):
+        async def story(store, write):
+            brakes = lm.Brakes(store, FakeClock())
+
+            def refuse(tx):
+                raise lm.Conflict("no")
+            with pytest.raises(lm.Conflict):
+                await brakes.pull("k", "pause", refuse)
+            with failing_commits(store), pytest.raises(lm.Unavailable):
+                await lm.Brakes(store, FakeClock(), drives=False).pull("k", "pause", refuse)
+            with failing_commits(store):
+                assert await brakes.pull("k", "pause", refuse) is None
+            await until_true(lambda: not brakes.hold_of("k"))
+            await brakes.stop()
+        run_in_store(tmp_path, story)
+
+    def test_a_freeze_holds_for_every_process_until_it_is_lifted(self, tmp_path):
+        async def story(store, write):
+            ours, theirs = lm.Brakes(store, FakeClock()), lm.Brakes(store, FakeClock())
+            assert (await ours.freeze(ANN, "incident", None)) == {
+                "frozen": True, "by": "ann", "since": lm.utc_text(FakeClock().now_s()), "until": None, "reason": "incident"}
+            with pytest.raises(lm.Conflict) as caught:
+                theirs.check_frozen("a commit")
+            assert caught.value.message.startswith("a commit is refused: ann froze this server at 2025-")
+            assert "(incident)" in caught.value.message and caught.value.data["frozen"]["by"] == "ann"
+            assert await theirs.unfreeze(ANN, None) == {"frozen": False, "changed": True}
+            assert await theirs.unfreeze(ANN, None) == {"frozen": False, "changed": False}
+            ours.check_frozen("a commit")
+            assert [row.action for row in store.load_audits("freeze")] == ["freeze", "unfreeze"]
+            row = lm.parse_json(store.load_audits("freeze")[0].payload.encode())
+            assert row["input"] == {"reason": "incident"} and "incident" not in row["message"]
+        run_in_store(tmp_path, story)
+
+    def test_a_freeze_ends_by_itself_and_that_is_told(self, tmp_path):
+        clock = FakeClock()
+
+        async def story(store, write):
+            brakes = lm.Brakes(store, clock)
+            await brakes.freeze(ANN, None, clock.now_s() + 60)
+            await brakes.lift_expired()
+            assert brakes.find_freeze(store)["until"] == lm.utc_text(clock.now_s() + 60)
+            clock.passed_s += 60
+            assert brakes.find_freeze(store) is None and store.find_switch("freeze")
+            await brakes.lift_expired()
+            assert store.find_switch("freeze") is None
+            assert [row.actor for row in store.load_audits("freeze")] == ["ann", "system"]
+        run_in_store(tmp_path, story, clock)
+
+    def test_a_freeze_works_without_commits_and_can_be_taken_back(self, tmp_path):
+        async def story(store, write):
+            brakes = lm.Brakes(store, FakeClock())
+            with failing_commits(store):
+                assert (await brakes.freeze(ANN, None, None))["durable"] is False
+                assert brakes.find_freeze(store)["by"] == "ann"
+                with pytest.raises(lm.Unavailable):
+                    await brakes.unfreeze(ANN, None)
+            await until_true(lambda: store.find_switch("freeze"))
+            assert (await brakes.unfreeze(ANN, None))["changed"] and not brakes.find_freeze(store)
+            await brakes.stop()
+        run_in_store(tmp_path, story)
+
+    @pytest.mark.parametrize("text, after_s", [("90m", 5400), ("12h", 43200), ("3d", 259200), ("2025-06-15T15:06:41Z", 1)])
+    def test_until_is_a_time_or_a_span(self, text, after_s):
+        assert lm.parse_until(text, 1_750_000_000.0) == 1_750_000_000.0 + after_s
+
+    @pytest.mark.parametrize("text", ["soon", "12", "-1h", "1w", "0m", "2025-06-15T15:06:40Z", "2020-01-01", "h", "9999999d"])
+    def test_any_other_until_is_refused(self, text):
+        with pytest.raises(lm.InvalidArguments) as caught:
+            lm.parse_until(text, 1_750_000_000.0)
+        assert "until is" in caught.value.message
+
+
+# ==============================================================================
+# 26. Actuation -- what is called for a decision, in which order, and what becomes of it
+# uses: Front, Fakes, Ledger
+# ==============================================================================
+
+
+MESH = lm.Hook("mesh", url="http://127.0.0.1:1/mesh")
+PAGER = lm.Hook("pager", "notify", "http://127.0.0.1:1/pager")
+HOOKED = lm.Plan(hooks={"mesh": MESH, "pager": PAGER, "extra": lm.Hook("extra", url="http://127.0.0.1:1/extra")},
+                 defaults={"onStart": ("mesh",), "onPromote": ("mesh",), "onRollback": ("mesh",)})
+DEED = lm.Deed("canary_1", "model-b", "prod", "stage", is_canary=True)
+
+
+def promotion_of(model_id, kind="canary"):
+    """One change of a gate's holder."""
+    return lm.Promotion("prod", model_id, "2025-01-01T00:00:00.000Z", kind, "system", "")
+
+
+def open_calls(store):
+    """What is to be called, as `moment hook state`."""
+    return [f"{one.moment} {one.hook} {one.state}" for one in store.open_deliveries()]
+
+
+class TestActuation:
+    """Decisions and their hooks."""
+
+    @pytest.mark.parametrize("changes, stack", [
+        ([], []), (["a"], ["a"]), (["a", "b"], ["a", "b"]), (["a", "a"], ["a"]), (["a", "b", "-a"], ["a"]),
+        (["a", "b", "-a", "c"], ["a", "c"]), (["a", "b", "c", "-a"], ["a"]), (["a", "-"], []), (["a", "-", "b"], ["b"]),
+        (["a", "b", "a"], ["a", "b", "a"]), (["a", "b", "a", "-b"], ["a", "b"]), (["b", "-z"], ["z"])])
+    def test_a_promotion_puts_on_the_stack_and_what_takes_back_takes_off(self, changes, stack):
+        rows = [promotion_of(text.lstrip("-"), "revert" if text.startswith("-") else "canary") for text in changes]
+        assert lm.stack_holders(rows) == stack
+
+    @pytest.mark.parametrize("chosen, shadow, names", [
+        ({}, False, ["mesh"]), ({"onPromote": ["extra"]}, False, ["mesh", "extra"]), ({"onPromote": ["mesh"]}, False, ["mesh"]),
+        ({"onStart": ["extra"]}, False, ["mesh"]), ({"onPromote": ["gone"]}, False, ["mesh"]), ({"onPromote": ["extra"]}, True, [])])
+    def test_a_policy_adds_to_the_operators_hooks_and_a_shadow_run_calls_none(self, chosen, shadow, names):
+        deed = lm.Deed("canary_1", "m", "prod", hooks=chosen, is_shadow=shadow)
+        assert [hook.name for hook in lm.Actuator(HOOKED).hooks_at(deed, "promote")] == names
+
+    def test_a_call_tells_who_should_hold_the_gate(self, tmp_path):
+        async def story(store, write):
+            actuator = lm.Actuator(HOOKED, "blue")
+            await write(lambda tx: tx.promote("model-a", "prod"))
+            await write(lambda tx: actuator.queue(tx, DEED, "start", "it begins", {"reason": None, "windowSeconds": 60}))
+            [one] = store.open_deliveries()
+            assert (one.key, one.body) == ("canary_1/start", {
+                "decision": "start", "changeId": "canary_1", "canaryId": "canary_1", "modelId": "model-b", "fromGate": "stage",
+                "gate": "prod", "holder": "model-a", "reason": None, "windowSeconds": 60, "message": "it begins",
+                "environment": "blue", "at": lm.utc_text(FakeClock().now_s())})
+            [event] = store.told
+            assert (event.kind, event.entity_id, event.step, event.body["actuation"], event.body["moment"]) == (
+                "canary", "canary_1", "actuation", "pending", "start")
+        run_in_store(tmp_path, story)
+
+    def test_a_body_goes_through_any_pipe_at_once(self):
+        long = "x" * 128
+        deed = lm.Deed(*[long] * 4, is_canary=True)
+        body = lm.Actuator(HOOKED, long).make_body(deed, "rollback", "m" * 9999, {"inequality": "i" * 9999, "rule": "r"}, long, "t")
+        assert len(lm.to_text(body)) < 3500
+
+    def test_a_later_moment_drops_what_is_open_of_an_earlier_one(self, tmp_path):
+        async def story(store, write):
+            actuator = lm.Actuator(HOOKED)
+            await write(lambda tx: actuator.queue(tx, DEED, "start", "m"))
+            await write(lambda tx: actuator.queue(tx, DEED, "rollback", "m", {"reason": "aborted"}, notice="rolled_back:aborted"))
+            assert open_calls(store) == ["rollback mesh pending", "notify pager pending"]
+            assert [one.state for one in store.load_deliveries("canary_1")] == ["dropped", "pending"]
+            assert lm.actuation_of(store.load_deliveries("canary_1")) == "pending"
+        run_in_store(tmp_path, story)
+
+    @pytest.mark.parametrize("calls, state", [
+        ([], "none"), (["start done"], "done"), (["start done", "promote pending"], "pending"),
+        (["start dropped", "rollback done"], "done"), (["promote done", "promote sending"], "pending"),
+        (["promote failed", "promote done"], "failed"), (["promote failed", "rollback pending"], "pending"),
+        (["notify failed"], "none"), (["start dropped"], "none")])
+    def test_the_state_of_an_actuation_is_that_of_its_last_moment(self, calls, state):
+        made = [lm.Delivery(at, "c", *text.split()[:1], "mesh", "prod", "", {}, text.split()[1], 0, 0.0, 0.0)
+                for at, text in enumerate(calls)]
+        assert lm.actuation_of(made) == state
+
+    def test_notices_of_one_cause_within_a_minute_are_one_with_a_count(self, tmp_path):
+        clock = FakeClock()
+
+        async def story(store, write):
+            actuator = lm.Actuator(HOOKED, "blue")
+
+            async def tell(at, cause="rolled_back:metrics_missing"):
+                deed = lm.Deed(f"canary_{at}", f"model-{at}", "prod")
+                await write(lambda tx: actuator.notify(tx, cause, f"model-{at} was rolled back", deed))
+            await tell(0)
+            assert store.open_deliveries()[0].body["text"] == "[blue] model-0 was rolled back"
+            for at in range(1, 13):
+                await tell(at)
+            await tell(13, "rolled_back:egregious")
+            first, other = store.open_deliveries()
+            assert (first.body["count"], len(first.body["items"]), other.body["count"]) == (13, 10, 1)
+            assert first.body["text"].startswith("[blue] 13 times rolled back (metrics_missing): model-0 at prod, model-1 at")
+            assert first.body["text"].endswith("model-9 at prod, .... The first: model-0 was rolled back")
+            assert first.due_s - clock.now_s() == 5
+            await write(lambda tx: tx.move_delivery(first.delivery_id, state="done"))
+            clock.passed_s += 20
+            await tell(14)
+            assert store.open_deliveries()[1].due_s == first.created_s + 60
+            await write(lambda tx: tx.move_delivery(store.open_deliveries()[1].delivery_id, state="done"))
+            clock.passed_s += 100
+            await tell(15)
+            assert store.open_deliveries()[1].due_s == clock.now_s() + 5
+        run_in_store(tmp_path, story, clock)
+
+    def test_a_promotion_that_gives_up_has_failed_and_the_gate_goes_back(self, tmp_path):
+        async def story(store, write):
+            actuator = lm.Actuator(HOOKED)
+            canary = lm.Canary("canary_1", "model-b", "stage", "prod", lm.CanaryStatus.PROMOTED, "t", "t", {}, {}, started_s=1.0)
+            await write(lambda tx: (tx.promote("model-a", "prod"), tx.insert_canary(canary)))
+            await write(lambda tx: tx.promote("model-b", "prod", kind="canary", change_id="canary_1"))
+            await write(lambda tx: actuator.queue(tx, lm.Deed.of_canary(canary), "promote", "m"))
+            [call] = store.open_deliveries()
+            await write(lambda tx: actuator.give_up(tx, call, {"ok": False, "fault": "HTTP 404", "output": "what?"}))
+            found = store.find_canary("canary_1")
+            assert (found.status, found.reason) == ("FAILED", "actuation_failed")
+            assert store.holder_of("prod")["modelId"] == "model-a" and store.gates_of("model-b") == []
+            assert open_calls(store) == ["rollback mesh pending", "notify pager pending"]
+            rollback, notice = store.open_deliveries()
+            assert rollback.body["holder"] == "model-a" and notice.cause == "failed:actuation_failed"
+            assert [event.step for event in store.told if event.kind == "canary"] == [
+                "actuation", "actuation", "failed", "actuation"]
+            row = next(row for row in store.load_audits("canary_1") if row.action == "actuation")
+            details = lm.parse_json(row.payload.encode())
+            assert details["input"] == {"output": "what?"} and details["outcome"] == {"ok": False, "fault": "HTTP 404"}
+            assert details["message"] == ("hook mesh (onPromote of model-b at prod) has failed for good after 1 attempt(s): "
+                                          "HTTP 404")
+        run_in_store(tmp_path, story)
+
+    def test_what_gives_up_does_not_take_a_newer_holders_gate(self, tmp_path):
+        async def story(store, write):
+            actuator = lm.Actuator(HOOKED)
+            for name in "ab":
+                await write(lambda tx, name=name: (tx.promote(name, "prod", change_id=f"promotion_{name}"), actuator.queue(
+                    tx, lm.Deed(f"promotion_{name}", name, "prod"), "promote", "m")))
+            await write(lambda tx: actuator.give_up(tx, store.open_deliveries()[0], {"ok": False, "fault": "x"}))
+            assert store.holder_of("prod")["modelId"] == "b"
+            assert next(one for one in store.open_deliveries() if one.moment == "rollback").body["holder"] == "b"
+        run_in_store(tmp_path, story)
+
+    def test_a_revert_goes_back_once_and_only_to_who_held_the_gate(self, tmp_path):
+        async def story(store, write):
+            actuator = lm.Actuator(HOOKED)
+
+            def revert(to=None, **more):
+                return write(lambda tx: actuator.revert(tx, lm.new_id("revert"), "prod", to, ANN, **more))
+            for wrong in (revert(), revert("model-a")):
+                with pytest.raises(lm.Conflict, match="nobody holds the gate prod"):
+                    await wrong
+            for name in ("model-a", "model-b", "model-c"):
+                await write(lambda tx, name=name: tx.promote(name, "prod"))
+            with pytest.raises(lm.Conflict, match="model-x never held the gate prod; others that did: model-a, model-b"):
+                await revert("model-x")
+            with pytest.raises(lm.Conflict, match="model-c holds the gate prod by now, not model-b"):
+                await revert(expected="model-b")
+            assert (await revert("model-c"))["changed"] is False
+            done = await revert()
+            assert (done["from"], done["to"], done["changed"]) == ("model-c", "model-b", True)
+            assert store.holder_of("prod")["modelId"] == "model-b" and open_calls(store) == [
+                "rollback mesh pending", "notify pager pending"]
+            assert (await revert())["changed"] is False and store.holder_of("prod")["modelId"] == "model-b"
+            assert (await revert("model-a"))["to"] == "model-a"
+            steps = [(event.entity_id, event.step, event.body["currentGates"]) for event in store.told
+                     if event.kind == "model" and event.step != "actuation"]
+            assert steps[:2] == [("model-c", "reverted", []), ("model-b", "promoted", ["prod"])]
+            assert [row.action for row in store.load_audits("prod")] == ["revert_promotion"] * 2
+        run_in_store(tmp_path, story)
+
+    def test_a_revert_drops_the_promotion_that_has_not_arrived(self, tmp_path):
+        async def story(store, write):
+            actuator = lm.Actuator(HOOKED)
+            await write(lambda tx: (tx.promote("model-b", "prod", change_id="promotion_1"), actuator.queue(
+                tx, lm.Deed("promotion_1", "model-b", "prod"), "promote", "m")))
+            done = await write(lambda tx: actuator.revert(tx, "revert_1", "prod", None, ANN, cause="egregious"))
+            assert done["to"] is None and store.holder_of("prod") is None
+            assert [one.state for one in store.load_deliveries("promotion_1")] == ["dropped"]
+            assert [one.key for one in store.open_deliveries() if one.hook == "mesh"] == ["revert_1/rollback"]
+            assert store.open_deliveries()[-1].cause == "reverted:egregious"
+        run_in_store(tmp_path, story)
+
+
+# ==============================================================================
+# 27. Embedded -- samples from observations that clients push; random ones for demonstrations
 # uses: Front, Fakes, Promql
 # ==============================================================================
 
@@ -5248,7 +6248,7 @@ class TestEmbedded:
 
 
 # ==============================================================================
-# 21. Watch -- ticks on their grid, samples as they are stored, decisions as they are told
+# 28. Watch -- ticks on their grid, samples as they are stored, decisions as they are told
 # uses: Front, Fakes
 # ==============================================================================
 
@@ -5280,15 +6280,18 @@ async def open_canaries(folder, *script, clock=None, plan=None, with_counters=Tr
     clock = clock or HeldClock()
     async with open_store(folder, clock) as store:
         sampler = FakeSampler(*(script or (steady(clock),)), with_counters=with_counters)
-        control = lm.CanaryController(store, clock, lm.Config(**config), plan or lm.Plan(), sampler)
+        plan = plan or lm.Plan()
+        actuator, brakes = lm.Actuator(plan), lm.Brakes(store, clock)
+        control = lm.CanaryController(store, clock, lm.Config(**config), plan, sampler, actuator, brakes)
         try:
             yield types.SimpleNamespace(store=store, clock=clock, sampler=sampler, control=control, told=store.told,
+                                        actuator=actuator, brakes=brakes,
                                         barrier=functools.partial(store.write, lambda tx: None))
         finally:
             await control.stop()
 
 
-async def until(canaries, condition, timeout_s=15.0):
+async def until_canary(canaries, condition, timeout_s=15.0):
     """The first true answer of a condition, asked while the loop runs; what was committed by then is told."""
     deadline_s = time.monotonic() + timeout_s
     while not (answer := condition()):
@@ -5310,7 +6313,7 @@ ADA = lm.Actor("ada")
 async def run_to_end(canaries, policy=None, **changed):
     """A canary started and watched until it is final."""
     canary, _ = await canaries.control.start_canary(asked(policy, **changed), ADA)
-    return await until(canaries, lambda: (found := canaries.store.find_canary(canary.canary_id)).status.is_final and found)
+    return await until_canary(canaries, lambda: (found := canaries.store.find_canary(canary.canary_id)).status.is_final and found)
 
 
 def steps_of(canaries, canary_id):
@@ -5424,6 +6427,15 @@ class TestWatch:
                 canary = await run_to_end(canaries, {"windowSeconds": 60, "mode": "bake"})
                 samples = canaries.store.load_samples(canary.canary_id)
                 assert [bool(sample.facts.get("overlaps")) for sample in samples] == [True] * 3 + [False] * 3
+                assert canary.reason == "window_end_good" and "reached back before the start" in str(
+                    [event.body["narrative"] for event in canaries.told if event.step == "promoted"])
+        run_async(work())
+
+    def test_a_literal_range_over_all_of_the_window_is_no_evidence(self, tmp_path):
+        async def work():
+            clock = HeldClock()
+            async with open_canaries(tmp_path, steady(clock, facts={"range_s": 60}), clock=clock) as canaries:
+                canary = await run_to_end(canaries, {"windowSeconds": 60, "mode": "bake"})
                 assert canary.reason == "timeout" and "reached back before the start" in str(
                     [event.body["narrative"] for event in canaries.told if event.step == "rolled_back"])
         run_async(work())
@@ -5503,7 +6515,688 @@ class TestWatch:
 
 
 # ==============================================================================
-# 22. Canary -- who may start, stop and approve what; and nothing is lost or decided twice
+# 29. Vigil -- a promoted gate watched on, and taken back where that is allowed
+# uses: Front, Fakes, Actuation, Watch
+# ==============================================================================
+
+
+def turning_bad(clock, after_s, **bad):
+    """A service that is well until `after_s`."""
+    def answer(question):
+        return steady(clock, **(bad if clock.passed_s > after_s else {}))(question)
+    return answer
+
+
+def silent_after(clock, after_s):
+    """A service that can't be measured any more after `after_s`."""
+    return lambda question: None if clock.passed_s > after_s else steady(clock)(question)
+
+
+async def promote_and_watch(canaries, policy=None, **changed):
+    """A canary of 20 s promoted over an earlier holder, and watched until that is over."""
+    await canaries.store.write(lambda tx: tx.promote("model-z", "prod"))
+    canary, _ = await canaries.control.start_canary(
+        asked({"windowSeconds": 20, "watchSeconds": 300} | (policy or {}), **changed), ADA)
+    return await until_canary(canaries, lambda: (one := canaries.store.find_canary(canary.canary_id)).status.is_final
+                       and one.watch_until_s is None and one)
+
+
+class TestVigil:
+    """policy.watchSeconds."""
+
+    def test_a_model_that_stays_well_is_let_be(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canary = await promote_and_watch(canaries)
+                assert (canary.status, canary.updated_at) == ("PROMOTED", lm.utc_text(FakeClock().now_s() + 20))
+                steps = steps_of(canaries, canary.canary_id)
+                assert steps == ["started", "metric", "metric", "promoted", *["metric"] * 30, "watched"]
+                samples = canaries.store.load_samples(canary.canary_id)
+                assert [one.tick for one in samples] == list(range(1, 33)) and samples[-1].facts["watch"] == 30
+                assert canaries.store.holder_of("prod")["modelId"] == "model-a"
+                assert canaries.control.explain(canary.canary_id)["time_to_action_sec"] == 20
+                assert len(canaries.control.explain(canary.canary_id)["evidence"]) == 2
+        run_async(work())
+
+    def test_one_that_turns_bad_is_proposed_to_be_taken_back(self, tmp_path):
+        async def work():
+            clock = HeldClock()
+            async with open_canaries(tmp_path, turning_bad(clock, 100, error_rate=0.5), clock=clock,
+                                     plan=lm.Plan(hooks={"pager": PAGER})) as canaries:
+                canary = await promote_and_watch(canaries)
+                assert canary.status == "PROMOTED" and canaries.store.holder_of("prod")["modelId"] == "model-a"
+                told = next(event for event in canaries.told if event.step == "revert_proposed")
+                reason = told.body["reason"]
+                assert reason in ("egregious", "budget_spent_errors") and "revert_promotion of prod is proposed" in told.body["narrative"]
+                proposal = canaries.store.find_switch("proposal prod")
+                assert (proposal["canaryId"], proposal["reason"]) == (canary.canary_id, reason)
+                [notice] = canaries.store.open_deliveries()
+                assert notice.cause == f"revert_proposed:{reason}" and "turned bad at prod" in notice.body["text"]
+                await canaries.control.revert("prod", None, ADA)
+                assert canaries.store.holder_of("prod")["modelId"] == "model-z"
+                assert canaries.store.find_switch("proposal prod") is None
+        run_async(work())
+
+    @pytest.mark.parametrize("bad", [{"error_rate": 0.5}, {"error_rate": 0.06}, {"latency_ms": 2000.0}])
+    def test_where_the_gate_allows_it_is_taken_back_at_once(self, tmp_path, bad):
+        async def work():
+            clock = HeldClock()
+            plan = lm.Plan(gates={"prod": lm.GateLimits("prod", revert="auto")}, hooks={"mesh": MESH},
+                           defaults={"onRollback": ("mesh",)})
+            async with open_canaries(tmp_path, turning_bad(clock, 100, **bad), clock=clock, plan=plan) as canaries:
+                canary = await promote_and_watch(canaries)
+                assert canary.status == "PROMOTED" and canaries.store.holder_of("prod")["modelId"] == "model-z"
+                assert steps_of(canaries, canary.canary_id)[-2:] == ["revert_proposed", "reverted"] or \
+                    steps_of(canaries, canary.canary_id)[-2:] == ["reverted", "revert_proposed"]
+                [call] = canaries.store.open_deliveries()
+                assert (call.moment, call.body["modelId"], call.body["holder"]) == ("rollback", "model-a", "model-z")
+                row = canaries.store.load_audits("prod")[-1]
+                assert (row.actor, row.action) == ("system", "revert_promotion")
+        run_async(work())
+
+    def test_what_can_not_be_measured_is_only_proposed(self, tmp_path):
+        async def work():
+            clock = HeldClock()
+            plan = lm.Plan(gates={"prod": lm.GateLimits("prod", revert="auto")})
+            async with open_canaries(tmp_path, silent_after(clock, 100), clock=clock, plan=plan) as canaries:
+                await promote_and_watch(canaries)
+                assert canaries.store.holder_of("prod")["modelId"] == "model-a"
+                assert canaries.store.find_switch("proposal prod")["reason"] == "metrics_missing"
+        run_async(work())
+
+    def test_a_restart_goes_on_watching(self, tmp_path):
+        async def work():
+            clock = HeldClock()
+            async with open_canaries(tmp_path, turning_bad(clock, 200, error_rate=0.5), clock=clock) as canaries:
+                clock.until_s = 120
+                canary, _ = await canaries.control.start_canary(asked({"windowSeconds": 20, "watchSeconds": 300}), ADA)
+                await until_canary(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 12)
+                await canaries.control.stop()
+                clock.until_s = math.inf
+                reborn = lm.CanaryController(canaries.store, clock, lm.Config(), lm.Plan(), canaries.sampler)
+                await reborn.start()
+                await until_canary(canaries, lambda: canaries.store.find_switch("proposal prod"))
+                samples = canaries.store.load_samples(canary.canary_id)
+                assert [one.tick for one in samples] == list(range(1, len(samples) + 1)) and len(samples) > 20
+                assert [round(one.elapsed_s) for one in samples[2:]] == [10 * at for at in range(1, len(samples) - 1)]
+                await reborn.stop()
+        run_async(work())
+
+    def test_it_ends_when_another_model_holds_the_gate(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canaries.clock.until_s = 100
+                canary, _ = await canaries.control.start_canary(asked({"windowSeconds": 20, "watchSeconds": 3000}), ADA)
+                await until_canary(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 10)
+                await canaries.store.write(lambda tx: tx.promote("model-y", "prod"))
+                canaries.clock.until_s = math.inf
+                await until_canary(canaries, lambda: canaries.store.find_canary(canary.canary_id).watch_until_s is None)
+                assert len(canaries.store.load_samples(canary.canary_id)) == 10
+        run_async(work())
+
+    @pytest.mark.parametrize("policy", [{"shadow": True}, {"watchSeconds": 0}])
+    def test_a_shadow_run_or_no_time_is_not_watched(self, tmp_path, policy):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canary = await promote_and_watch(canaries, policy)
+                assert len(canaries.store.load_samples(canary.canary_id)) == 2
+        run_async(work())
+
+
+# ==============================================================================
+# 30. Starts -- what a start is refused for, and what it sets in motion
+# uses: Front, Fakes, Brakes, Actuation, Watch
+# ==============================================================================
+
+
+DEMANDING = {"prod": lm.GateLimits("prod", requires=("eval:unit", "eval:lint"))}
+
+
+async def refused(canaries, kind=lm.Conflict, policy=None, **changed):
+    """The message with which a start is refused."""
+    with pytest.raises(kind) as caught:
+        await canaries.control.start_canary(asked(policy, **changed), ADA)
+    return caught.value.message
+
+
+async def pass_eval(canaries, task_id, model_id="model-a", status="COMPLETED"):
+    """An eval of a model that has ended."""
+    job = lm.Job(lm.new_id("job"), task_id, "ci", lm.JobStatus(status), "2025-01-01", "2025-01-01", model_id=model_id)
+    await canaries.store.write(lambda tx: tx.insert_job(job))
+    return job.job_id
+
+
+class TestStarts:
+    """start_canary, before anything runs."""
+
+    def test_a_gate_demands_evals_of_this_very_model(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path, plan=lm.Plan(gates=DEMANDING)) as canaries:
+                canaries.clock.until_s = 0
+                assert await refused(canaries) == (
+                    "gate prod requires eval:unit, and no such eval of model-a has COMPLETED; run_eval with taskId unit and "
+                    "modelId model-a; gate prod requires eval:lint, and no such eval of model-a has COMPLETED; run_eval with "
+                    "taskId lint and modelId model-a")
+                unit = await pass_eval(canaries, "unit")
+                await pass_eval(canaries, "lint", status="FAILED")
+                await pass_eval(canaries, "lint", "model-b")
+                told = await refused(canaries)
+                assert "eval:lint" in told and "eval:unit" not in told
+                _, extras = await canaries.control.start_canary(asked(dryRun=True), ADA)
+                assert any("eval:lint" in text for text in extras["warnings"])
+                await pass_eval(canaries, "lint")
+                canary, _ = await canaries.control.start_canary(asked(), ADA)
+                details = lm.parse_json(canaries.store.load_audits(canary.canary_id)[0].payload.encode())
+                assert details["passed"]["eval:unit"] == unit
+                assert [row.action for row in canaries.store.load_audits(unit)] == ["canary_start"]
+                await canaries.store.write(lambda tx: tx.delete_jobs_before("2026"))
+                assert canaries.store.find_job(unit) is not None, "what a canary rests on is not swept"
+        run_async(work())
+
+    def test_a_gate_never_seen_is_refused_where_there_is_a_table(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path, plan=lm.Plan(gates={"prod": lm.GateLimits("prod")})) as canaries:
+                canaries.clock.until_s = 0
+                assert 'did you mean "prod"' in await refused(canaries, toGate="prodd")
+                await canaries.control.start_canary(asked(toGate="prodd", dryRun=True), ADA)
+                assert "no model ever held it" in await refused(canaries, toGate="prodd")
+                await canaries.store.write(lambda tx: tx.promote("model-z", "old"))
+                _, extras = await canaries.control.start_canary(asked(toGate="old"), ADA)
+                assert any("no operator limits" in text for text in extras["warnings"])
+        run_async(work())
+
+    def test_nothing_starts_while_frozen_and_what_was_queued_starts_afterwards(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canaries.clock.until_s = 0
+                first, _ = await canaries.control.start_canary(asked(), ADA)
+                queued, _ = await canaries.control.start_canary(asked({"onConflict": "queue"}, modelId="model-b"), ADA)
+                await canaries.brakes.freeze(ANN, "incident", None)
+                assert "a new canary is refused: ann froze this server" in await refused(canaries, toGate="other")
+                await canaries.control.start_canary(asked(toGate="other", dryRun=True), ADA)
+                await canaries.control.abort(first.canary_id, ADA)
+                await canaries.control.start_waiting()
+                assert canaries.store.find_canary(queued.canary_id).status == "PENDING"
+                await canaries.brakes.unfreeze(ANN, None)
+                await canaries.control.start_waiting()
+                assert canaries.store.find_canary(queued.canary_id).status == "RUNNING"
+        run_async(work())
+
+    def test_the_start_tells_who_sends_the_traffic(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path, plan=HOOKED) as canaries:
+                canaries.clock.until_s = 0
+                for policy, told in (({}, "the hook mesh sends the traffic"),
+                                     ({"hooks": {"onStart": "extra"}}, "the hook mesh, extra sends the traffic"),
+                                     ({"shadow": True}, "no onStart hook is set, so ada, who started it, is expected to send")):
+                    canary, _ = await canaries.control.start_canary(asked(policy, toGate=f"gate-{len(told)}"), ADA)
+                    row = canaries.store.load_audits(canary.canary_id)[0]
+                    assert told in lm.parse_json(row.payload.encode())["message"]
+                assert canary.effective.get("hooks") is None
+                assert [call.hook for call in canaries.store.open_deliveries()] == ["mesh", "mesh", "extra"]
+        run_async(work())
+
+    @pytest.mark.parametrize("hooks, told", [
+        ({"onPromote": "gone"}, "policy.hooks.onPromote names the hook 'gone', which is not defined; known: mesh, pager, extra"),
+        ({"onPromote": "https://evil"}, "names the hook 'https://evil', which is not defined"),
+        ({"onPromote": {"url": "x"}}, "which is not defined"), ({"onAbort": "mesh"}, "unknown field policy.hooks.onAbort"),
+        ({"onPromote": "only"}, "which is for onRollback only (hooks.only.moments)")])
+    def test_a_caller_can_only_name_configured_hooks_at_their_moments(self, tmp_path, hooks, told):
+        async def work():
+            only = lm.Hook("only", url="http://x", moments=("onRollback",))
+            plan = lm.Plan(hooks=HOOKED.hooks | ({"only": only} if "only" in hooks.values() else {}))
+            async with open_canaries(tmp_path, plan=plan) as canaries:
+                assert told in await refused(canaries, lm.InvalidArguments, {"hooks": hooks})
+        run_async(work())
+
+    def test_a_superseded_canary_is_rolled_back_with_its_hooks(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path, plan=HOOKED) as canaries:
+                canaries.clock.until_s = 0
+                first, _ = await canaries.control.start_canary(asked(), ADA)
+                await canaries.control.start_canary(asked({"onConflict": "supersede"}, modelId="model-b"), ADA)
+                assert [(one.moment, one.state) for one in canaries.store.load_deliveries(first.canary_id)] == [
+                    ("start", "dropped"), ("rollback", "pending")]
+                canaries.clock.until_s = math.inf
+        run_async(work())
+
+
+# ==============================================================================
+# 31. Driver -- a canary's way from its traffic to its hooks
+# uses: Front, Fakes, Brakes, Actuation, Watch
+# ==============================================================================
+
+
+async def settle_call(canaries, moment, ok=True):
+    """The open call of a moment has ended, as the courier would say it."""
+    call = await until_canary(canaries, lambda: next((one for one in canaries.store.open_deliveries() if one.moment == moment), None))
+    outcome = {"ok": ok} if ok else {"ok": False, "fault": "HTTP 404"}
+    settle = canaries.actuator.succeed if ok else canaries.actuator.give_up
+    await canaries.store.write(lambda tx: settle(tx, call, outcome))
+    canaries.control.note_actuation(call.change_id)
+    return call
+
+
+async def until_canary_asks(canaries, count):
+    """Wait until the sampler was asked so many times, whatever the database does."""
+    deadline_s = time.monotonic() + 10
+    while len(canaries.sampler.questions) < count:
+        assert time.monotonic() < deadline_s, canaries.sampler.questions
+        await asyncio.sleep(0.002)
+
+
+class TestDriver:
+    """Canaries and their hooks."""
+
+    def test_the_window_begins_when_the_traffic_is_there(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path, plan=HOOKED) as canaries:
+                canary, _ = await canaries.control.start_canary(asked({"windowSeconds": 20}), ADA)
+                canaries.clock.passed_s += 500
+                await asyncio.sleep(0.05)
+                assert canaries.store.load_samples(canary.canary_id) == []
+                await settle_call(canaries, "start")
+                await settle_call(canaries, "promote")
+                found = canaries.store.find_canary(canary.canary_id)
+                assert found.status == "PROMOTED" and found.started_s == FakeClock().now_s() + 500
+                assert [round(one.elapsed_s) for one in canaries.store.load_samples(canary.canary_id)] == [10, 20]
+                assert lm.actuation_of(canaries.store.load_deliveries(canary.canary_id)) == "done"
+                assert steps_of(canaries, canary.canary_id) == [
+                    "started", "actuation", "actuation", "metric", "metric", "promoted", "actuation", "actuation"]
+        run_async(work())
+
+    def test_it_is_waited_for_after_a_restart_too(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path, plan=HOOKED) as canaries:
+                canary, _ = await canaries.control.start_canary(asked({"windowSeconds": 20}), ADA)
+                await canaries.control.stop()
+                canaries.clock.passed_s += 500
+                canaries.control = lm.CanaryController(canaries.store, canaries.clock, lm.Config(), HOOKED, canaries.sampler)
+                await canaries.control.start()
+                await settle_call(canaries, "start")
+                await settle_call(canaries, "promote")
+                assert canaries.store.find_canary(canary.canary_id).reason == "window_end_good"
+                await canaries.control.stop()
+        run_async(work())
+
+    def test_traffic_that_can_not_be_sent_fails_the_canary(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path, plan=HOOKED) as canaries:
+                canary, _ = await canaries.control.start_canary(asked(), ADA)
+                await settle_call(canaries, "start", ok=False)
+                call = await settle_call(canaries, "rollback")
+                found = canaries.store.find_canary(canary.canary_id)
+                assert (found.status, found.reason, call.body["reason"]) == ("FAILED", "actuation_failed", "actuation_failed")
+                assert canaries.store.load_samples(canary.canary_id) == []
+                await until_canary(canaries, lambda: not canaries.control._driver.watches)
+        run_async(work())
+
+    def test_an_abort_while_the_traffic_is_awaited(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path, plan=HOOKED) as canaries:
+                canary, _ = await canaries.control.start_canary(asked(), ADA)
+                await canaries.control.abort(canary.canary_id, ADA)
+                assert [(one.moment, one.state) for one in canaries.store.load_deliveries(canary.canary_id)] == [
+                    ("start", "dropped"), ("rollback", "pending")]
+        run_async(work())
+
+    @pytest.mark.parametrize("error_rate, moment, reason", [(0.001, "promote", "window_end_good"), (0.5, "rollback", "budget_spent_errors")])
+    def test_a_decision_and_its_calls_are_one_transaction(self, tmp_path, error_rate, moment, reason):
+        async def work():
+            clock = HeldClock()
+            plan = lm.Plan(hooks=HOOKED.hooks, defaults={"onPromote": ("mesh",), "onRollback": ("mesh",)})
+            async with open_canaries(tmp_path, steady(clock, error_rate=error_rate), clock=clock, plan=plan) as canaries:
+                canary = await run_to_end(canaries, {"windowSeconds": 60})
+                calls = canaries.store.load_deliveries(canary.canary_id)
+                assert [(one.moment, one.body["reason"], one.body["rule"]) for one in calls] == [(moment, reason, "guarded/1")]
+                assert calls[0].body["holder"] == ("model-a" if moment == "promote" else None)
+                notices = [one.cause for one in canaries.store.open_deliveries() if one.moment == "notify"]
+                assert notices == ([] if moment == "promote" else [f"rolled_back:{reason}"])
+        run_async(work())
+
+    def test_a_freeze_keeps_a_canary_from_its_promotion_and_not_from_its_rollback(self, tmp_path):
+        async def work():
+            clock = HeldClock()
+            async with open_canaries(tmp_path, clock=clock) as canaries:
+                clock.until_s = 0
+                one, _ = await canaries.control.start_canary(asked({"windowSeconds": 20}), ADA)
+                await canaries.brakes.freeze(ANN, None, None)
+                clock.until_s = 60
+                await until_canary(canaries, lambda: len(canaries.store.load_samples(one.canary_id)) == 6)
+                found = canaries.store.find_canary(one.canary_id)
+                assert (found.status, found.reason) == ("RUNNING", "frozen") and canaries.store.gates_of("model-a") == []
+                held = [row for row in canaries.store.load_audits(one.canary_id) if row.action == "canary_hold"]
+                assert len(held) == 1 and "waits for the end of the freeze" in held[0].payload
+                with pytest.raises(lm.Conflict, match="one canary at a time|refused: ann froze"):
+                    await canaries.control.start_canary(asked(modelId="model-b"), ADA)
+                clock.until_s = 65
+                await canaries.control.stop()
+                canaries.control = lm.CanaryController(canaries.store, clock, lm.Config(), lm.Plan(), canaries.sampler)
+                await canaries.control.start()
+                clock.until_s = 100
+                await until_canary(canaries, lambda: len(canaries.store.load_samples(one.canary_id)) == 10)
+                assert canaries.store.find_canary(one.canary_id).status == "RUNNING"
+                await canaries.brakes.unfreeze(ANN, None)
+                clock.until_s = math.inf
+                await until_canary(canaries, lambda: canaries.store.find_canary(one.canary_id).status == "PROMOTED")
+                await canaries.control.stop()
+        run_async(work())
+
+    def test_a_frozen_canary_that_turns_bad_is_rolled_back(self, tmp_path):
+        async def work():
+            clock = HeldClock()
+
+            def turning(question):
+                return steady(clock, error_rate=0.5 if clock.passed_s > 75 else 0.001)(question)
+            async with open_canaries(tmp_path, turning, clock=clock) as canaries:
+                clock.until_s = 0
+                canary, _ = await canaries.control.start_canary(asked({"windowSeconds": 20}), ADA)
+                await canaries.brakes.freeze(ANN, None, None)
+                clock.until_s = math.inf
+                found = await until_canary(canaries, lambda: (one := canaries.store.find_canary(canary.canary_id)).status.is_final and one)
+                assert found.status == "ROLLED_BACK" and found.reason in ("egregious", "budget_spent_errors", "window_errors")
+        run_async(work())
+
+    def test_an_approval_is_refused_while_frozen(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canaries.clock.until_s = 20
+                canary, _ = await canaries.control.start_canary(asked({"windowSeconds": 20, "requireApproval": True}), ADA)
+                await until_canary(canaries, lambda: canaries.store.find_canary(canary.canary_id).status == "PAUSED")
+                await canaries.brakes.freeze(ANN, None, None)
+                with pytest.raises(lm.Conflict, match="a promotion is refused: ann froze"):
+                    await canaries.control.approve(canary.canary_id, ADA)
+        run_async(work())
+
+    @pytest.mark.parametrize("stop, status", [("abort", "ROLLED_BACK"), ("pause", "PAUSED"), ("", "PROMOTED")])
+    def test_stops_hold_while_the_database_can_not_commit(self, tmp_path, stop, status):
+        async def work():
+            sent = []
+            plan = lm.Plan(hooks=HOOKED.hooks, defaults={"onRollback": ("mesh",)})
+            async with open_canaries(tmp_path, plan=plan) as canaries:
+                canaries.actuator.send = lambda hook, key, body: sent.append((hook.name, key, body["decision"]))
+                canaries.clock.until_s = 10
+                canary, _ = await canaries.control.start_canary(asked({"windowSeconds": 20}), ADA)
+                await until_canary(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 1)
+                with failing_commits(canaries.store):
+                    canaries.clock.until_s = 20
+                    await until_canary_asks(canaries, 3)
+                    if stop:
+                        assert (await getattr(canaries.control, stop)(canary.canary_id, ADA)).status == status
+                        assert canaries.brakes.hold_of(canary.canary_id) == stop
+                    assert canaries.store.holder_of("prod") is None
+                canaries.clock.until_s = math.inf
+                await until_canary(canaries, lambda: canaries.store.find_canary(canary.canary_id).status == status)
+                await until_canary(canaries, lambda: not canaries.brakes.hold_of(canary.canary_id))
+                assert canaries.store.held_gates() == ([] if stop else ["prod"])
+                key = f"{canary.canary_id}/rollback"
+                assert sent == ([("mesh", key, "rollback")] if stop == "abort" else [])
+                assert [one.key for one in canaries.store.load_deliveries(canary.canary_id)] == (
+                    [key] if stop == "abort" else [])
+        run_async(work())
+
+    def test_a_revert_holds_while_the_database_can_not_commit(self, tmp_path):
+        async def work():
+            sent = []
+            async with open_canaries(tmp_path, plan=HOOKED) as canaries:
+                canaries.actuator.send = lambda hook, key, body: sent.append((hook.name, key, body["holder"]))
+                for name in ("model-y", "model-z"):
+                    await canaries.store.write(lambda tx, name=name: tx.promote(name, "prod"))
+                with failing_commits(canaries.store):
+                    done = await canaries.control.revert("prod", None, ANN, "p95 doubled")
+                    assert (done["to"], done["durable"]) == ("model-y", False)
+                    assert sent == [("mesh", f"{done['revertId']}/rollback", "model-y")]
+                await until_canary(canaries, lambda: canaries.store.holder_of("prod")["modelId"] == "model-y")
+                assert canaries.store.load_deliveries(done["revertId"])[0].key == f"{done['revertId']}/rollback"
+        run_async(work())
+
+
+# ==============================================================================
+# 32. Rehearsal -- the same samples under another policy, and what the samples can't tell
+# uses: Front, Fakes, Policy, Judge
+# ==============================================================================
+
+
+def canary_of(policy, status="ROLLED_BACK", **fields):
+    """A stored canary that ran by a policy."""
+    return lm.Canary("canary_00000001", "model-a", "stage", "prod", lm.CanaryStatus(status), "2025-01-01T00:00:00.000Z",
+                     "2025-01-01T00:05:00.000Z", policy.to_echo(), policy.to_wire(), **fields)
+
+
+def samples_of(letters, **options):
+    """The samples of ticks written as letters, see sample_of."""
+    return [sample_of(tick, letter, **options) for tick, letter in enumerate(letters, 1)]
+
+
+def refusal(work, *values, **named):
+    """The message of the InvalidArguments that a call must raise."""
+    with pytest.raises(lm.InvalidArguments) as caught:
+        work(*values, **named)
+    return caught.value.message
+
+
+BAKE = {"mode": "bake", "windowSeconds": 100, "warmupSeconds": 0}
+
+
+class TestRehearsal:
+    """What would have been, by the judge itself."""
+
+    def test_a_looser_target_is_replayed_with_tick_and_inequality(self):
+        canary = canary_of(policy_of(BAKE), reason="breach_streak")
+        found = lm.replay(canary, samples_of("g" + "b" * 9), {"targets": {"latency_p95_ms": 640}})
+        assert (found["decision"], found["reason"], found["tick"], found["elapsedSeconds"]) == (
+            "PROMOTED", "window_end_good", 10, 100)
+        assert "10 of 10 judged ticks were good" in found["inequality"]
+        was = found["was"]
+        assert (was["decision"], was["reason"], was["tick"], was["status"]) == ("ROLLED_BACK", "breach_streak", 6, "ROLLED_BACK")
+        assert found["changed"] == {"targets": {"was": GOOD_TARGETS, "is": {"latency_p95_ms": 640, "max_error_rate": 0.02}}}
+        assert found["effectivePolicy"]["warmupSeconds"] == 0 and found["warnings"] == []
+        assert found["summary"].startswith("PROMOTED at tick 10 of 10 (window_end_good) by rule bake/1: ")
+        assert "; before: ROLLED_BACK at tick 6 of 10 (breach_streak)" in found["summary"] and lm.to_text(found)
+
+    def test_no_change_is_the_same_as_before(self):
+        found = lm.replay(canary_of(policy_of(BAKE)), samples_of("g" * 10), {})
+        assert found["changed"] == {} and found["summary"].endswith("; the same as before")
+
+    def test_samples_that_end_too_early_decide_nothing(self):
+        found = lm.replay(canary_of(policy_of(BAKE)), samples_of("gbbbbb"), {"breachTicks": 9})
+        assert (found["decision"], found["tick"]) == ("UNDECIDED", None)
+        assert "the stored samples end at tick 6 of 10" in found["summary"]
+
+    def test_an_approval_would_have_been_waited_for(self):
+        found = lm.replay(canary_of(policy_of(BAKE)), samples_of("g" * 12), {"requireApproval": True})
+        assert (found["decision"], found["tick"], found["was"]["decision"]) == ("PAUSED", 10, "PROMOTED")
+
+    def test_another_mode_brings_its_own_defaults_and_keeps_what_was_chosen(self):
+        base = policy_of({"mode": "classic", "windowSeconds": 100, "graceTicks": 7})
+        varied = lm.vary_policy(base, {"mode": "guarded"}, has_counters=True)
+        plain = policy_of({"mode": "guarded", "windowSeconds": 100, "graceTicks": 7})
+        assert varied.to_wire() == {**plain.to_wire(), "modeReason": "the caller asked for it"}
+        assert "needs the three raw counters" in refusal(lm.vary_policy, base, {"mode": "guarded"}, has_counters=False)
+
+    @pytest.mark.parametrize("changes, message", [
+        ({"intervalSeconds": 5}, "policy.intervalSeconds can't be changed afterwards: the samples were taken with 10"),
+        ({"queryWindowSeconds": 60}, "the samples were taken with 30"),
+        ({"targets": {"p95": 1}}, "unknown target 'p95'"), ({"gates": 1}, "unknown field policy.gates"),
+        ({"targets": {"max_drift": 0.1}}, "needs a drift query"),
+        ({"targets": {"latency_p95_ms": 640}}, "slow requests were counted over 250 ms")])
+    def test_what_a_recording_cant_tell_is_refused(self, changes, message):
+        canary = canary_of(policy_of({"windowSeconds": 100}))
+        assert message in refusal(lm.replay, canary, samples_of("g" * 10), changes)
+
+    def test_a_canary_without_samples_or_policy_is_refused(self):
+        assert "no samples" in refusal(lm.replay, canary_of(policy_of(BAKE)), [], {})
+        broken = lm.Canary("c", "m", "a", "b", lm.CanaryStatus.PROMOTED, "", "", {}, {"targets": {}})
+        assert "no policy" in refusal(lm.replay, broken, samples_of("g"), {})
+
+    @hypothesis.given(st.text(alphabet="gbex-d", min_size=1, max_size=16), st.sampled_from(["classic", "bake", "guarded"]))
+    def test_an_unchanged_policy_is_the_judges_own_verdict(self, letters, mode):
+        policy, samples = policy_of({"windowSeconds": 100, "mode": mode}), samples_of(letters)
+        found, verdict = lm.replay(canary_of(policy), samples, {}), lm.judge(policy, samples)
+        word = {"promote": "PROMOTED", "rollback": "ROLLED_BACK", "continue": "UNDECIDED"}[verdict.decision]
+        assert (found["decision"], found["reason"] or "") == (word, verdict.reason)
+        assert found["was"]["decision"] == word and found["changed"] == {}
+
+
+# ==============================================================================
+# 33. Backtest -- windows of a remembered past, judged and counted
+# uses: Front, Fakes, Policy, Judge, Rehearsal
+# ==============================================================================
+
+
+class RememberedGate:
+    """A stand-in for the sampler: what a gate was at each moment, by query, as a range answer.
+
+    `shape(at_s)` gives (p95 in ms, error rate) or None; counters run at 40 requests a second.
+    """
+
+    def __init__(self, shape, *, with_counters=False, step_s=10.0, reach_s=0.0):
+        self.shape, self.with_counters, self.step_s, self.reach = shape, with_counters, step_s, reach_s
+        self.asked = []
+        self.sums = {}
+
+    def templates_of(self, queries):
+        """The queries, short."""
+        counters = {"req": 'req{gate="$__gate"}', "errcount": 'bad{gate="$__gate"}', "fast": 'fast{le="$__target_s"}'}
+        return {"lat": 'p95(x_seconds_bucket{gate="$__gate"}[$__window])', "err": 'rate{gate="$__gate"}',
+                **(counters if self.with_counters else {})}
+
+    def reach_s(self, queries):
+        """How far back they reach."""
+        return self.reach
+
+    async def read_range(self, query, begin_s, end_s, step_s):
+        """One series, without points where nothing is known."""
+        self.asked.append((query, begin_s, end_s))
+        if query.startswith("count by (le)"):
+            return [({"le": le}, [[begin_s, "1"]]) for le in ("0.25", "0.5", "1", "+Inf")]
+        points = []
+        for at in range(round((end_s - begin_s) / step_s) + 1):
+            at_s = begin_s + at * step_s
+            value = self._value(query, at_s)
+            points += [] if value is None else [[at_s, f"{value:.6g}" if value < 1e5 else f"{value:.0f}"]]
+        return [({}, points)] if points else []
+
+    def _value(self, query, at_s):
+        seen = self.shape(at_s)
+        if seen is None:
+            return None
+        if query.startswith(("p95", "rate")):
+            return seen[query.startswith("rate")]
+        requests = 40 * at_s
+        if query.startswith("req"):
+            return requests
+        if query.startswith("bad"):
+            return requests * 0.001
+        target_ms = float(re.search(r'le="([0-9.]+)"', query)[1]) * 1000
+        return requests * (0.98 if target_ms >= seen[0] else 0.9)
+
+
+NOW_S = 1_750_000_000.0
+
+
+def backtested(gate, fields=None, *, days=1.0, now_s=NOW_S, **options):
+    """The document of a backtest of a gate, with the Backtest that made it."""
+    policy = policy_of({"windowSeconds": 600, "mode": "guarded" if gate.with_counters else "bake", **(fields or {})}, **options)
+
+    async def work():
+        test = lm.start_backtest(policy, "production", days, gate, None, now_s)
+        told = []
+        return await lm.run_backtest(test, gate, lambda done, total: told.append((done, total))), test, told
+    return run_async(work())
+
+
+def spiky(share, spike_ms, usual_ms=160.0, seed=1):
+    """A shape: in a share of the windows of ten minutes the p95 is `spike_ms` for three of them."""
+    def shape(at_s):
+        chance = random.Random(f"{seed}/{int((at_s - NOW_S) // 600)}")
+        is_spiky = chance.random() < share and 200 < (at_s - NOW_S) % 600 < 380
+        return (spike_ms + chance.random() * 40 if is_spiky else usual_ms), 0.001
+    return shape
+
+
+class TestBacktest:
+    """How often a policy would have been wrong about a service that was well."""
+
+    def test_a_healthy_past_is_promoted_every_time(self):
+        found, _, told = backtested(RememberedGate(lambda at_s: (160.0, 0.001)))
+        assert (found["windows"], found["promoted"], found["rolledBack"], found["proposal"]) == (144, 144, 0, None)
+        assert found["summary"] == "this policy would have rolled back 0 of 144 windows of production"
+        assert told[-1] == (144, 144) and lm.to_text(found)
+        assert found["queries"]["lat"] == 'p95(x_seconds_bucket{gate="production"}[30s])'
+
+    def test_a_hundred_and_sixty_eight_hours_are_as_many_windows(self):
+        test = lm.start_backtest(policy_of({"windowSeconds": 3600, "mode": "bake"}), "g", 7, RememberedGate(None), None, NOW_S)
+        assert len(test.starts) == 168 and test.starts.step == 360
+
+    @pytest.mark.parametrize("with_counters", [False, True])
+    def test_false_rollbacks_are_counted_and_a_looser_target_is_proposed(self, with_counters):
+        found, test, _ = backtested(RememberedGate(spiky(0.1, 330.0), with_counters=with_counters))
+        count = found["rolledBack"]
+        assert 5 <= count <= 25 and found["promoted"] == 144 - count
+        assert sum(found["reasons"].values()) == count and len(found["rollbacks"]) == min(count, 20)
+        proposal = found["proposal"]
+        assert proposal["rolledBack"] == 0 and set(proposal["targets"]) == {"latency_p95_ms"}
+        looser = proposal["targets"]["latency_p95_ms"]
+        assert looser == 500 if with_counters else 330 <= looser <= 370
+        assert f"p95 <= {looser:g} ms makes it 0" in found["summary"]
+        again, _, _ = backtested(RememberedGate(spiky(0.1, 330.0), with_counters=with_counters),
+                                 targets={**GOOD_TARGETS, "latency_p95_ms": looser})
+        assert again["rolledBack"] == 0
+
+    def test_what_is_not_remembered_is_not_counted(self):
+        found, _, _ = backtested(RememberedGate(lambda at_s: (160.0, 0.001) if at_s > NOW_S - 43200 else None))
+        assert found["withoutHistory"] in (71, 72) and found["windows"] + found["withoutHistory"] == 144
+        assert any("remembers nothing" in text for text in found["warnings"])
+
+    def test_an_ill_service_has_no_target_that_helps(self):
+        found, _, _ = backtested(RememberedGate(lambda at_s: (160.0, 0.9)))
+        assert found["rolledBack"] == found["windows"] and found["proposal"] is None
+
+    def test_an_empty_error_query_is_full_of_errors_here_as_well(self):
+        found, _, _ = backtested(RememberedGate(lambda at_s: (160.0, None)))
+        assert found["reasons"] == {"metrics_missing": 144}
+
+    def test_a_range_over_the_start_of_each_window_is_no_evidence(self):
+        found, _, _ = backtested(RememberedGate(lambda at_s: (160.0, 0.001), reach_s=600.0))
+        assert (found["windows"], found["windowSeconds"], found["rolledBack"]) == (72, 1200, 0)
+        assert any("reaches back 600 s" in text for text in found["warnings"])
+        with_counters = RememberedGate(lambda at_s: (160.0, 0.001), reach_s=600.0, with_counters=True)
+        assert backtested(with_counters)[0]["windows"] == 144
+
+    def test_everything_is_bounded(self):
+        gate = RememberedGate(None)
+        for days, fields, message in ((31, {}, "days is 31"), (0, {}, "days is 0"), (30, {"intervalSeconds": 1}, "at most 300000"),
+                                      (0.001, {}, "does not fit into")):
+            assert message in refusal(lm.start_backtest, policy_of({"mode": "bake", **fields}), "g", days, gate, None, NOW_S)
+        test = lm.start_backtest(policy_of({"mode": "bake"}), "g", 30, gate, None, NOW_S)
+        assert test.starts.step == 3 * test.ticks_apart and len(test.starts) * test.ticks_apart <= 100_000
+
+    def test_requests_are_small_and_lie_in_the_past(self):
+        gate = RememberedGate(lambda at_s: (160.0, 0.001))
+        backtested(gate, days=3.0)
+        assert all(end_s <= NOW_S and (end_s - begin_s) / 10 < 5000 for _, begin_s, end_s in gate.asked)
+        assert len(gate.asked) < 20
+
+    def test_counters_that_were_reset_begin_at_0(self):
+        gate = RememberedGate(lambda at_s: (160.0, 0.001), with_counters=True)
+        value = gate._value
+        gate._value = lambda query, at_s: value(query, at_s % 5000 if query.startswith(("req", "bad", "fast")) else at_s)
+        assert backtested(gate)[0]["rolledBack"] == 0
+
+    @pytest.mark.parametrize("word, kind", [("timeout", lm.Unavailable), ("bad_query", lm.InvalidArguments)])
+    def test_a_prometheus_that_fails_is_told(self, word, kind):
+        gate = RememberedGate(None)
+
+        async def read_range(*asked):
+            raise lm.UpstreamError(word, "no answer in 30 s")
+        gate.read_range = read_range
+        with pytest.raises(kind, match="no answer in 30 s"):
+            backtested(gate)
+
+
+# ==============================================================================
+# 34. Canary -- who may start, stop and approve what; and nothing is lost or decided twice
 # uses: Front, Fakes, Watch, Judge
 # ==============================================================================
 
@@ -5570,14 +7263,15 @@ class TestCanary:
                 assert (row.actor, row.action, details["input"]["reason"]) == ("ada", "canary_start", "friday")
                 assert details["message"] == (
                     "model-a is watched on its way from stage to prod for 20 s in 2 ticks of 10 s: p95 <= 250 ms, error "
-                    "rate <= 0.02, by rule guarded/1 (the raw counters are known)")
+                    "rate <= 0.02, by rule guarded/1 (the raw counters are known); no onStart hook is set, so ada, who started "
+                    "it, is expected to send traffic to it")
                 assert canaries.store.load_audits("prod") and canaries.store.load_audits("model-a")
         run_async(work())
 
     @pytest.mark.parametrize("changed, message", [
         ({"toGate": None}, "modelId, fromGate, toGate are required"), ({"modelId": ""}, "are required"),
         ({"modelId": "a b"}, "'a b' is no id"), ({"policy": {"targets": {}}}, "are both required"),
-        ({"policy": {"hooks": {}}}, "policy.hooks can't be given")])
+        ({"policy": {"hooks": {"onStart": "x"}}}, "'x', which is not defined")])
     def test_a_start_that_can_not_be_meant_is_refused(self, tmp_path, changed, message):
         async def work():
             async with open_canaries(tmp_path) as canaries:
@@ -5589,16 +7283,17 @@ class TestCanary:
         async def work():
             facts = {"warnings": ["lat: 2 series"], "hint": "rewrite it", "attribution": "none"}
             reading = lm.Reading(100.0, 0.0, "prometheus", facts=facts, counters=(0, 0, 0))
-            plan = lm.Plan(gates={"production": lm.GateLimits("production", requires=("eval:unit",))})
+            plan = lm.Plan(gates={"production": lm.GateLimits("production")})
             async with open_canaries(tmp_path, reading, plan=plan) as canaries:
-                _, extras = await canaries.control.start_canary(asked(toGate="prodution", fromGate="prodution"), ADA)
+                _, extras = await canaries.control.start_canary(
+                    asked(toGate="prodution", fromGate="prodution", dryRun=True), ADA)
                 assert extras["warnings"] == [
                     "the gate prodution has no operator limits; set [gates.prodution] in lukhas.toml; did you mean "
                     '"production"?', "fromGate and toGate are the same gate", "lat: 2 series", "rewrite it",
                     "the queries name neither the gate nor the model ($__gate, $__model): the numbers are of everything "
                     "together"]
-                _, extras = await canaries.control.start_canary(asked(toGate="production"), ADA)
-                assert "gate production requires eval:unit; a canary does not check that" in extras["warnings"]
+                assert 'none of lukhas.toml and no model ever held it; did you mean "production"?' in await refusal_of(
+                    start(canaries, toGate="prodution"), lm.Conflict)
         run_async(work())
 
     def test_a_dry_run_asks_once_and_starts_nothing(self, tmp_path):
@@ -5673,7 +7368,7 @@ class TestCanary:
             async with open_canaries(tmp_path) as canaries:
                 canaries.clock.until_s = 55
                 canary = await start(canaries)
-                await until(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 5)
+                await until_canary(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 5)
                 aborted = await canaries.control.abort(canary.canary_id, BOB, "wrong model")
                 assert (aborted.status, aborted.reason) == ("ROLLED_BACK", "aborted")
                 again = await canaries.control.abort(canary.canary_id, BOB)
@@ -5695,11 +7390,11 @@ class TestCanary:
                 for at in range(30):
                     canaries.clock.until_s = canaries.clock.passed_s + 19.9
                     canary = await start(canaries, {"windowSeconds": 20}, toGate=f"gate-{at}")
-                    await until(canaries, lambda: canaries.store.load_samples(canary.canary_id))
+                    await until_canary(canaries, lambda: canaries.store.load_samples(canary.canary_id))
                     canaries.clock.until_s = math.inf
                     await asyncio.sleep(random.random() * 0.006)
                     answered = await canaries.control.abort(canary.canary_id, ADA)
-                    found = await until(canaries, lambda: (one := canaries.store.find_canary(canary.canary_id)).status.is_final
+                    found = await until_canary(canaries, lambda: (one := canaries.store.find_canary(canary.canary_id)).status.is_final
                                         and one)
                     steps = steps_of(canaries, canary.canary_id)
                     assert answered.status == found.status and sum(step in TERMINAL for step in steps) == 1
@@ -5719,13 +7414,13 @@ class TestCanary:
             async with open_canaries(folder, answer(clock), clock=clock) as canaries:
                 canary = await start(canaries, {"targets": {"latency_p95_ms": 250.0, "max_error_rate": 0.01}})
                 if kill_at:
-                    await until(canaries, lambda: status_of(canaries, canary) != "RUNNING"
+                    await until_canary(canaries, lambda: status_of(canaries, canary) != "RUNNING"
                                 or len(canaries.store.load_samples(canary.canary_id)) >= kill_at)
                     await canaries.control.stop()
                     reborn = lm.CanaryController(canaries.store, clock, lm.Config(), lm.Plan(), canaries.sampler)
                     await reborn.start()
                     clock.until_s = math.inf
-                found = await until(canaries, lambda: (one := canaries.store.find_canary(canary.canary_id)).status.is_final
+                found = await until_canary(canaries, lambda: (one := canaries.store.find_canary(canary.canary_id)).status.is_final
                                     and one)
                 if kill_at:
                     await reborn.stop()
@@ -5746,13 +7441,13 @@ class TestCanary:
             async with open_canaries(tmp_path) as canaries:
                 canaries.clock.until_s = 100
                 canary = await start(canaries)
-                await until(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 10)
+                await until_canary(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 10)
                 await canaries.control.stop()
                 canaries.clock.until_s = math.inf
                 canaries.clock.passed_s += down_s
                 reborn = lm.CanaryController(canaries.store, canaries.clock, lm.Config(), lm.Plan(), canaries.sampler)
                 await reborn.start()
-                await until(canaries, lambda: status_of(canaries, canary) == decision)
+                await until_canary(canaries, lambda: status_of(canaries, canary) == decision)
                 await reborn.stop()
                 gap = next(one for one in canaries.store.load_samples(canary.canary_id) if one.missing)
                 assert (gap.missing, gap.tick, gap.facts["ticks"]) == ("controller_down", 9 + down_s // 10, down_s // 10 - 1)
@@ -5763,14 +7458,14 @@ class TestCanary:
             async with open_canaries(tmp_path) as canaries:
                 canaries.clock.until_s = 250
                 canary = await start(canaries)
-                await until(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 25)
+                await until_canary(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 25)
                 await canaries.control.stop()
                 canaries.clock.until_s = math.inf
                 canaries.clock.passed_s += 5000
                 before = len(canaries.sampler.questions)
                 reborn = lm.CanaryController(canaries.store, canaries.clock, lm.Config(), lm.Plan(), canaries.sampler)
                 await reborn.start()
-                await until(canaries, lambda: status_of(canaries, canary) == "PROMOTED window_end_good")
+                await until_canary(canaries, lambda: status_of(canaries, canary) == "PROMOTED window_end_good")
                 assert len(canaries.sampler.questions) == before + 3
                 await reborn.stop()
         run_async(work())
@@ -5791,7 +7486,7 @@ class TestCanary:
                     connection.commit()
                 canaries.clock.until_s = math.inf
                 await canaries.control.start()
-                await until(canaries, lambda: not canaries.store.list_canaries(9, ("RUNNING",)))
+                await until_canary(canaries, lambda: not canaries.store.list_canaries(9, ("RUNNING",)))
                 left = {one.canary_id: f"{one.status} {one.reason}" for one in canaries.store.list_canaries()}
                 assert left["canary_0"] == "ROLLED_BACK restart_gap"
                 assert left["canary_1"] == left["canary_2"] == "FAILED state_lost"
@@ -5810,7 +7505,7 @@ class TestCanary:
                 canary = await start(canaries, {"windowSeconds": 20})
                 assert "is RUNNING; only" in await refusal_of(control.approve(canary.canary_id, BOB), lm.Conflict)
                 canaries.clock.until_s = 40
-                await until(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 4)
+                await until_canary(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 4)
                 assert status_of(canaries, canary) == "PAUSED window_end_good"
                 assert "second person" in await refusal_of(control.approve(canary.canary_id, ADA), lm.Conflict)
                 assert "approve_canary" in await refusal_of(control.resume(canary.canary_id, BOB), lm.Conflict)
@@ -5844,10 +7539,10 @@ class TestCanary:
                 canaries.sampler.script = [(100.0, 0.0)] * 3 + [None, (100.0, 0.0)]
                 canaries.clock.until_s = 30
                 canary = await start(canaries, {"windowSeconds": 20, "requireApproval": True})
-                await until(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 3)
+                await until_canary(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 3)
                 assert "no value" in await refusal_of(canaries.control.approve(canary.canary_id, BOB), lm.Conflict)
                 canaries.clock.until_s = 40
-                await until(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 4)
+                await until_canary(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 4)
                 assert (await canaries.control.approve(canary.canary_id, BOB)).status == "PROMOTED"
         run_async(work())
 
@@ -5857,7 +7552,7 @@ class TestCanary:
             async with open_canaries(tmp_path, steady(clock, per_s=1), clock=clock) as canaries:
                 clock.until_s = 20
                 canary = await start(canaries, {"windowSeconds": 20, "onInconclusive": "pause"})
-                await until(canaries, lambda: status_of(canaries, canary) == "PAUSED too_few_requests")
+                await until_canary(canaries, lambda: status_of(canaries, canary) == "PAUSED too_few_requests")
                 assert (await canaries.control.approve(canary.canary_id, ADA)).status == "PROMOTED"
         run_async(work())
 
@@ -5866,7 +7561,7 @@ class TestCanary:
             async with open_canaries(tmp_path) as canaries:
                 canaries.clock.until_s = 100
                 canary = await start(canaries)
-                await until(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 10)
+                await until_canary(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 10)
                 await canaries.control.pause(canary.canary_id, ADA, "lunch")
                 assert "is PAUSED" in await refusal_of(canaries.control.pause(canary.canary_id, ADA), lm.Conflict)
                 await canaries.control.stop()
@@ -5874,12 +7569,12 @@ class TestCanary:
                 await reborn.start()
                 assert "waits for it" in await refusal_of(reborn.approve(canary.canary_id, ADA), lm.Conflict)
                 canaries.clock.until_s = 350
-                await until(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 35)
+                await until_canary(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 35)
                 assert status_of(canaries, canary) == "PAUSED paused"
                 await reborn.resume(canary.canary_id, ADA)
                 assert "is RUNNING" in await refusal_of(reborn.resume(canary.canary_id, ADA), lm.Conflict)
                 canaries.clock.until_s = math.inf
-                await until(canaries, lambda: status_of(canaries, canary) == "PROMOTED window_end_good")
+                await until_canary(canaries, lambda: status_of(canaries, canary) == "PROMOTED window_end_good")
                 assert [step for step in steps_of(canaries, canary.canary_id) if step != "metric"] == [
                     "started", "paused", "resumed", "promoted"]
                 await reborn.stop()
@@ -5910,7 +7605,7 @@ class TestCanary:
                 canaries.clock.until_s = math.inf
                 reborn = lm.CanaryController(canaries.store, canaries.clock, lm.Config(), lm.Plan(), canaries.sampler)
                 await reborn.start()
-                await until(canaries, lambda: status_of(canaries, waiting[2]).startswith("PROMOTED"))
+                await until_canary(canaries, lambda: status_of(canaries, waiting[2]).startswith("PROMOTED"))
                 assert status_of(canaries, waiting[1]).startswith("PROMOTED")
                 assert steps_of(canaries, waiting[2].canary_id) == ["queued", "started", "metric", "metric", "promoted"]
                 await reborn.stop()
@@ -5924,7 +7619,7 @@ class TestCanary:
                 second = await start(canaries, {"onConflict": "supersede"}, modelId="model-b")
                 assert status_of(canaries, first) == "ROLLED_BACK superseded"
                 canaries.clock.until_s = math.inf
-                await until(canaries, lambda: status_of(canaries, second).startswith("PROMOTED"))
+                await until_canary(canaries, lambda: status_of(canaries, second).startswith("PROMOTED"))
                 assert steps_of(canaries, first.canary_id)[-1] == "rolled_back"
                 assert canaries.store.gates_of("model-a") == []
         run_async(work())
@@ -5934,10 +7629,10 @@ class TestCanary:
             async with open_canaries(tmp_path) as canaries:
                 canaries.clock.until_s = 0
                 bad, good = await start(canaries), await start(canaries, {"windowSeconds": 20}, toGate="x")
-                canaries.control._watches[bad.canary_id].judge.add = None
+                canaries.control._driver.watches[bad.canary_id].judge.add = None
                 canaries.clock.until_s = math.inf
-                await until(canaries, lambda: status_of(canaries, bad) == "FAILED state_lost")
-                await until(canaries, lambda: status_of(canaries, good).startswith(("PROMOTED", "ROLLED_BACK")))
+                await until_canary(canaries, lambda: status_of(canaries, bad) == "FAILED state_lost")
+                await until_canary(canaries, lambda: status_of(canaries, good).startswith(("PROMOTED", "ROLLED_BACK")))
         run_async(work())
 
     def test_why_math_and_the_verdict_tell_where_a_canary_stands(self, tmp_path):
@@ -5947,14 +7642,14 @@ class TestCanary:
                 canaries.clock.until_s = 120
                 canary = await start(canaries)
                 assert control.verdict_of(canary, []) is None
-                await until(canaries, lambda: len(store.load_samples(canary.canary_id)) == 12)
+                await until_canary(canaries, lambda: len(store.load_samples(canary.canary_id)) == 12)
                 document = control.explain(canary.canary_id)
                 assert (document["id"], document["decision"]) == (canary.canary_id, "RUNNING")
                 assert document["time_to_action_sec"] is None and len(document["evidence"]) == 12
                 verdict = control.verdict_of(canary, store.load_samples(canary.canary_id))
                 assert (verdict["decision"], verdict["tickClass"], verdict["numbers"]["judged"]) == ("continue", "good", 6)
                 canaries.clock.until_s = math.inf
-                await until(canaries, lambda: status_of(canaries, canary).startswith("PROMOTED"))
+                await until_canary(canaries, lambda: status_of(canaries, canary).startswith("PROMOTED"))
                 document = control.explain(canary.canary_id)
                 assert (document["decision"], document["time_to_action_sec"]) == ("PROMOTED", 300)
                 assert "p >= 0.05" in document["inequality"] and lm.to_json(document)
@@ -5974,7 +7669,7 @@ class TestCanary:
                 return lm.Reading(160.0, 0.0, "prometheus", counters=(requests, 0, 0))
             async with open_canaries(tmp_path, answer, clock=clock, canary_interval_seconds=1.0) as canaries:
                 made = await asyncio.gather(*(start(canaries, toGate=f"gate-{at}") for at in range(200)))
-                await until(canaries, lambda: all(len(canaries.store.load_samples(one.canary_id)) >= 4 for one in made[::20]))
+                await until_canary(canaries, lambda: all(len(canaries.store.load_samples(one.canary_id)) >= 4 for one in made[::20]))
                 await asyncio.sleep(0.5)
                 await canaries.control.stop()
                 samples = [sample for one in made for sample in canaries.store.load_samples(one.canary_id)]
@@ -5985,7 +7680,7 @@ class TestCanary:
 
 
 # ==============================================================================
-# 23. Children -- a command ends with everything it started, however the server ends
+# 35. Children -- a command ends with everything it started, however the server ends
 # uses: Front, Fakes
 # ==============================================================================
 
@@ -6180,7 +7875,396 @@ class TestChildren:
 
 
 # ==============================================================================
-# 24. Progress -- foreign text becomes progress and numbers, or a reason
+# 36. Hooks -- calls delivered to a scripted receiver: signed, repeated, in order, after a restart too
+# uses: Front, Fakes, Ledger, Brakes, Actuation, Children
+# ==============================================================================
+
+
+class Receiver(http.server.ThreadingHTTPServer):
+    """An HTTP server that answers by a script, the last entry for ever, and keeps what it was sent.
+
+    An entry is a status, or a function of the request that answers by itself.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, *script):
+        super().__init__(("127.0.0.1", 0), Visit)
+        self.script = list(script or (200,))
+        self.calls = []
+        self.url = f"http://127.0.0.1:{self.server_port}/in?x=1"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+    @property
+    def keys(self):
+        """The Idempotency-Keys in the order they came."""
+        return [headers["Idempotency-Key"] for headers, _, _ in self.calls]
+
+    def bodies(self):
+        """What was sent, as values."""
+        return [json.loads(body) for _, body, _ in self.calls]
+
+
+class Visit(http.server.BaseHTTPRequestHandler):
+    """One request at a Receiver."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        script = self.server.script
+        entry = script.pop(0) if len(script) > 1 else script[0]
+        self.server.calls.append((dict(self.headers.items()), body, time.monotonic()))
+        if callable(entry):
+            entry(self)
+            return
+        self.send_response(entry)
+        self.end_headers()
+        self.wfile.write(b"said " + str(entry).encode())
+
+    def log_message(self, *_):
+        """Nothing on stderr."""
+
+
+@contextlib.asynccontextmanager
+async def open_courier(folder, plan, clock=None, **config):
+    """A store with an actuator and a courier that delivers."""
+    clock = clock or FakeClock()
+    async with open_store(folder, clock) as store:
+        actuator, brakes = lm.Actuator(plan), lm.Brakes(store, clock)
+        noted = []
+        courier = lm.Courier(store, clock, lm.Config(repo_root=str(folder), config=str(folder / "lukhas.toml"), **config),
+                             plan, actuator, brakes, noted.append)
+        tell = store.publish
+        store.publish = lambda events: (tell(events), [courier.hear(event) for event in events])
+        courier.start()
+        found = types.SimpleNamespace(store=store, clock=clock, actuator=actuator, brakes=brakes, courier=courier,
+                                      noted=noted, plan=plan)
+        try:
+            yield found
+        finally:
+            await found.courier.stop()
+            await brakes.stop()
+
+
+async def queue(world, moment="promote", at=1, gate="prod", **facts):
+    """Have the hooks of a moment called for a change."""
+    deed = lm.Deed(f"promotion_{at}", f"model-{at}", gate)
+    await world.store.write(lambda tx: world.actuator.queue(tx, deed, moment, "a sentence", facts))
+    return deed.change_id
+
+
+def state_of(world, change_id="promotion_1"):
+    """How far the hooks of a change have come."""
+    return lm.actuation_of(world.store.load_deliveries(change_id))
+
+
+async def pass_time(world, seconds):
+    """Let the clock of the courier go on."""
+    world.clock.passed_s += seconds
+    world.courier.wake()
+    await asyncio.sleep(0.01)
+
+
+def plan_of(*urls, defaults=None, **hooks):
+    """A plan with a webhook for each address, called at every moment."""
+    made = {f"hook{at}": lm.Hook(f"hook{at}", url=url) for at, url in enumerate(urls)} | hooks
+    named = tuple(name for name, hook in made.items() if hook.kind != "notify")
+    return lm.Plan(hooks=made, defaults=defaults or dict.fromkeys(lm.HOOK_MOMENTS, named))
+
+
+SCRIPT = """
+import json, os, sys
+body = json.load(sys.stdin)
+print(json.dumps({"argv": sys.argv[1:], "key": body["idempotencyKey"], "model": body["modelId"],
+                  "own": sorted(name for name in os.environ if name.startswith(("LUKHAS", "MCP_", "PROM_")))}))
+sys.exit(int(sys.argv[1]))
+"""
+
+
+class TestHooks:
+    """The outbox goes out."""
+
+    def test_a_webhook_is_signed_and_its_answer_kept(self, tmp_path):
+        async def work():
+            (tmp_path / "secret").write_text("s3cret\n")
+            with Receiver(202) as receiver:
+                hook = lm.Hook("mesh", url=receiver.url, secret_file="secret")
+                async with open_courier(tmp_path, plan_of(mesh=hook)) as world:
+                    change_id = await queue(world, reason="window_end_good")
+                    await until_true(lambda: state_of(world) == "done")
+                    [(headers, body, _)] = receiver.calls
+                    stamp = headers["X-Canary-Timestamp"]
+                    assert stamp == str(int(world.clock.now_s())) and headers["Idempotency-Key"] == "promotion_1/promote"
+                    assert headers["X-Canary-Signature"] == lm.sign(b"s3cret", stamp, body)
+                    assert headers["Content-Type"] == "application/json" and headers["User-Agent"].startswith("lukhas-mcp/")
+                    sent = json.loads(body)
+                    assert (sent["decision"], sent["modelId"], sent["gate"], sent["reason"], sent["idempotencyKey"]) == (
+                        "promote", "model-1", "prod", "window_end_good", "promotion_1/promote")
+                    [call] = world.store.load_deliveries(change_id)
+                    assert (call.outcome["status"], call.outcome["output"], call.attempts) == (202, "said 202", 1)
+                    assert world.noted == [change_id]
+                    steps = [(event.kind, event.body["actuation"]) for event in world.store.told if event.step == "actuation"
+                             and event.kind != "audit"]
+                    assert steps == [("model", "pending"), ("model", "done")]
+                    assert [row.action for row in world.store.load_audits("model-1")] == ["actuation"]
+        run_async(work())
+
+    def test_the_signature_is_what_openssl_makes(self):
+        # printf %s '1700000000.{"a":1}' | openssl dgst -sha256 -hmac key
+        assert lm.sign(b"key", "1700000000", b'{"a":1}') == "v1=a438e398bfafc57e4396bb7fc2304422f0f768e965d073ca313cb52e22e6ad03"
+
+    def test_a_failed_call_is_made_again_after_1_2_4_to_60_seconds_with_the_same_key(self, tmp_path):
+        async def work():
+            with Receiver(*[500] * 8, 200) as receiver:
+                async with open_courier(tmp_path, plan_of(receiver.url)) as world:
+                    await queue(world)
+                    waits = []
+                    for attempt in range(1, 9):
+                        await until_true(lambda: world.store.load_deliveries("promotion_1")[0].attempts == attempt)
+                        [call] = world.store.load_deliveries("promotion_1")
+                        waits.append(round(call.due_s - world.clock.now_s()))
+                        await pass_time(world, waits[-1] - 0.5)
+                        assert len(receiver.calls) == attempt
+                        await pass_time(world, 0.5)
+                    await until_true(lambda: state_of(world) == "done")
+                    assert waits == [1, 2, 4, 8, 16, 32, 60, 60] and set(receiver.keys) == {"promotion_1/promote"}
+                    told = [event.body["attempts"] for event in world.store.told if event.body.get("actuation") == "pending"
+                            and "attempts" in event.body]
+                    assert told == [1, 2, 4, 8]
+        run_async(work())
+
+    def test_a_promotion_is_given_up_after_ten_minutes_and_a_rollback_never(self, tmp_path):
+        async def work():
+            with Receiver(503) as receiver:
+                async with open_courier(tmp_path, plan_of(receiver.url)) as world:
+                    await world.store.write(lambda tx: tx.promote("model-1", "prod", change_id="promotion_1"))
+                    await queue(world)
+                    attempts = 0
+                    while not any(one.state == "failed" for one in world.store.load_deliveries("promotion_1")):
+                        attempts = (await until_true(lambda: next((one for one in world.store.load_deliveries("promotion_1")
+                                                                   if one.attempts > attempts), None))).attempts
+                        await pass_time(world, 60)
+                    passed_s = world.clock.passed_s
+                    assert 540 <= passed_s <= 660 and world.store.holder_of("prod") is None
+                    for _ in range(30):
+                        await pass_time(world, 60)
+                        await until_true(lambda: not world.courier._busy)
+                    rollback = world.store.load_deliveries("promotion_1")[-1]
+                    assert (rollback.moment, rollback.state) == ("rollback", "pending") and rollback.attempts >= 25
+                    receiver.script = [200]
+                    await pass_time(world, 60)
+                    await until_true(lambda: state_of(world) == "done")
+        run_async(work())
+
+    @pytest.mark.parametrize("status, is_final", [(400, True), (401, True), (404, True), (410, True), (408, False),
+                                                  (429, False), (301, False), (500, False)])
+    def test_a_4xx_says_that_asking_again_is_useless(self, tmp_path, status, is_final):
+        async def work():
+            with Receiver(status) as receiver:
+                async with open_courier(tmp_path, plan_of(receiver.url)) as world:
+                    await queue(world)
+                    call = await until_true(lambda: next((one for one in world.store.load_deliveries("promotion_1")
+                                                          if one.attempts), None))
+                    assert (call.state == "failed") == is_final and call.outcome["fault"] == f"HTTP {status}"
+                    moments = [one.moment for one in world.store.load_deliveries("promotion_1")]
+                    assert moments == ["promote", "rollback"] if is_final else ["promote"]
+        run_async(work())
+
+    @pytest.mark.parametrize("answer, fault", [
+        (lambda visit: visit.wfile.write(b"hello\r\n\r\n"), "no HTTP"), (lambda visit: None, "ended in its head"),
+        (lambda visit: visit.wfile.write(b"HTTP/1.1 200 " + b"x" * 99999), "too long"),
+        (lambda visit: time.sleep(1), "no answer within 0.3 s")])
+    def test_a_receiver_that_makes_no_sense_has_not_taken_it(self, tmp_path, answer, fault):
+        async def work():
+            with Receiver(answer) as receiver:
+                plan = plan_of(mesh=lm.Hook("mesh", url=receiver.url, timeout_seconds=0.3))
+                async with open_courier(tmp_path, plan) as world:
+                    await queue(world)
+                    call = await until_true(lambda: (one := world.store.load_deliveries("promotion_1")[0]).attempts and one)
+                    assert call.state == "pending" and fault in call.outcome["fault"]
+        run_async(work())
+
+    def test_nobody_there_is_a_fault_too(self, tmp_path):
+        async def work():
+            async with open_courier(tmp_path, plan_of(f"http://127.0.0.1:{free_port()}/")) as world:
+                await queue(world)
+                call = await until_true(lambda: (one := world.store.load_deliveries("promotion_1")[0]).attempts and one)
+                assert "it can't be reached" in call.outcome["fault"]
+        run_async(work())
+
+    def test_calls_about_one_gate_are_in_order_and_about_others_do_not_wait(self, tmp_path):
+        async def work():
+            gate = threading.Event()
+            with Receiver(lambda visit: (gate.wait(5), visit.send_response(200), visit.end_headers())) as receiver:
+                async with open_courier(tmp_path, plan_of(receiver.url)) as world:
+                    await queue(world, at=1)
+                    await until_true(lambda: len(receiver.calls) == 1)
+                    await queue(world, at=2)
+                    await queue(world, "rollback", at=3, reason="aborted")
+                    await queue(world, at=4, gate="other")
+                    await until_true(lambda: len(receiver.calls) == 2)
+                    await pass_time(world, 0)
+                    assert receiver.keys == ["promotion_1/promote", "promotion_4/promote"]
+                    gate.set()
+                    await until_true(lambda: not world.store.open_deliveries())
+                    assert receiver.keys[2:] == ["promotion_3/rollback", "promotion_2/promote"]
+        run_async(work())
+
+    def test_hooks_of_one_moment_are_called_side_by_side_and_one_failure_is_the_whole_ones(self, tmp_path):
+        async def work():
+            with Receiver(200) as good, Receiver(403, 200) as bad:
+                async with open_courier(tmp_path, plan_of(good.url, bad.url)) as world:
+                    await queue(world)
+                    await until_true(lambda: not world.store.open_deliveries())
+                    assert good.keys == bad.keys == ["promotion_1/promote", "promotion_1/rollback"]
+                    assert state_of(world) == "done"
+        run_async(work())
+
+    def test_a_command_gets_json_and_a_clean_environment_and_its_output_is_kept(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("LUKHAS_MCP_API_KEYS", "secret")
+        (tmp_path / "act.py").write_text(SCRIPT)
+
+        async def work():
+            hook = lm.Hook("act", "command", command=(sys.executable, "act.py", "0", "$HOME; *"))
+            async with open_courier(tmp_path, plan_of(act=hook)) as world:
+                await queue(world)
+                await until_true(lambda: state_of(world) == "done")
+                [call] = world.store.load_deliveries("promotion_1")
+                assert call.outcome["exitCode"] == 0 and json.loads(call.outcome["output"]) == {
+                    "argv": ["0", "$HOME; *"], "key": "promotion_1/promote", "model": "model-1", "own": []}
+        run_async(work())
+
+    @pytest.mark.parametrize("command, fault, state", [
+        (("act.py", "3"), "exit code 3", "pending"), (None, "it can't be started: No such file", "failed")])
+    def test_a_command_that_fails(self, tmp_path, command, fault, state):
+        (tmp_path / "act.py").write_text(SCRIPT)
+
+        async def work():
+            hook = lm.Hook("act", "command", command=(sys.executable, *command) if command else ("/nowhere/act",))
+            async with open_courier(tmp_path, plan_of(act=hook)) as world:
+                await queue(world)
+                call = await until_true(lambda: (one := world.store.load_deliveries("promotion_1")[0]).attempts and one)
+                assert fault in call.outcome["fault"] and call.state == state
+        run_async(work())
+
+    def test_a_command_that_hangs_is_killed_with_all_it_started_and_its_last_words_are_kept(self, tmp_path):
+        mark = new_mark()
+
+        async def work():
+            script = f"yes word | head -c 9000; echo end; sleep {mark} & sleep {mark}"
+            hook = lm.Hook("act", "command", command=("sh", "-c", script), timeout_seconds=1.0)
+            async with open_courier(tmp_path, plan_of(act=hook)) as world:
+                await queue(world, "rollback")
+                call = await until_true(lambda: (one := world.store.load_deliveries("promotion_1")[0]).attempts and one)
+                assert call.outcome["fault"] == "no end within 1 s, so it was killed" and count_processes(mark) == 0
+                output = call.outcome["output"]
+                assert len(output) == 4096 and output.endswith("word\nend\n")
+        run_async(work())
+
+    def test_a_restart_goes_on_where_the_last_process_ended(self, tmp_path):
+        async def work():
+            with Receiver(500, 200) as receiver:
+                notify = {"pager": lm.Hook("pager", "notify", receiver.url)}
+                async with open_courier(tmp_path, plan_of(receiver.url, **notify)) as world:
+                    await queue(world, "rollback", reason="egregious")
+                    await until_true(lambda: world.store.load_deliveries("promotion_1")[0].attempts)
+                    await world.store.write(lambda tx: world.actuator.notify(tx, "x:y", "m", lm.Deed("c", "m", "g")))
+                    await world.courier.stop()
+                    notice = world.store.open_deliveries()[-1]
+                    await world.store.write(lambda tx: tx.move_delivery(notice.delivery_id, state="sending"))
+                    world.clock.passed_s += 10
+                    world.courier = lm.Courier(world.store, world.clock, lm.Config(), world.plan, world.actuator, world.brakes)
+                    world.courier.start()
+                    await until_true(lambda: not world.store.open_deliveries())
+                    assert sorted(receiver.keys) == sorted(["promotion_1/rollback"] * 2 + [notice.key])
+        run_async(work())
+
+    def test_an_answer_that_was_heard_is_not_asked_for_again_because_the_database_is_away(self, tmp_path):
+        async def work():
+            with Receiver(200) as receiver:
+                async with open_courier(tmp_path, plan_of(receiver.url)) as world:
+                    receiver.script = [lambda visit: (away.wait(5), visit.send_response(200), visit.end_headers())]
+                    away = threading.Event()
+                    await queue(world)
+                    await until_true(lambda: receiver.calls)
+                    with failing_commits(world.store):
+                        away.set()
+                        await asyncio.sleep(0.1)
+                        assert state_of(world) == "pending"
+                    await until_true(lambda: state_of(world) == "done")
+                    assert len(receiver.calls) == 1
+        run_async(work())
+
+    def test_while_frozen_only_rollbacks_go_out(self, tmp_path):
+        async def work():
+            with Receiver(200) as receiver:
+                async with open_courier(tmp_path, plan_of(receiver.url)) as world:
+                    await world.brakes.freeze(ANN, None, None)
+                    await queue(world, at=1)
+                    await queue(world, "rollback", at=2)
+                    await until_true(lambda: state_of(world, "promotion_2") == "done")
+                    assert receiver.keys == ["promotion_2/rollback"]
+                    await world.brakes.unfreeze(ANN, None)
+                    await until_true(lambda: state_of(world) == "done")
+        run_async(work())
+
+    def test_people_are_told_of_a_rollback_and_of_one_that_does_not_arrive(self, tmp_path):
+        async def work():
+            with Receiver(200) as chat, Receiver(503) as mesh:
+                plan = plan_of(mesh.url, pager=lm.Hook("pager", "notify", chat.url))
+                async with open_courier(tmp_path, plan) as world:
+                    deed = lm.Deed("canary_1", "model-1", "prod")
+                    await world.store.write(lambda tx: world.actuator.queue(
+                        tx, deed, "rollback", "it was rolled back", {"reason": "egregious"}, notice="rolled_back:egregious"))
+                    for attempt in range(1, 5):
+                        await until_true(lambda: world.store.load_deliveries("canary_1")[0].attempts >= attempt)
+                        await pass_time(world, 20)
+                    await until_true(lambda: len(chat.calls) == 2)
+                    first, second = chat.bodies()
+                    assert (first["text"], first["event"], first["reason"], first["count"]) == (
+                        "it was rolled back", "rolled_back", "egregious", 1)
+                    assert second["event"] == "actuation_stuck" and "has failed 4 time(s)" in second["text"]
+        run_async(work())
+
+    def test_a_hook_that_is_gone_from_the_file_fails(self, tmp_path):
+        async def work():
+            async with open_courier(tmp_path, plan_of()) as world:
+                await world.store.write(lambda tx: tx.add_delivery("promotion_1", "promote", "gone", "prod", {"modelId": "m"}))
+                world.courier.wake()
+                call = await until_true(lambda: (one := world.store.load_deliveries("promotion_1")[0]).attempts and one)
+                assert call.state == "failed" and "not configured any more" in call.outcome["fault"]
+        run_async(work())
+
+    def test_a_secret_that_can_not_be_read_stops_the_start(self, tmp_path):
+        async def work():
+            plan = plan_of(mesh=lm.Hook("mesh", url="http://x", secret_file="nowhere"))
+            with pytest.raises(lm.ConfigError, match="hooks.mesh.secret_file is .*nowhere"):
+                async with open_courier(tmp_path, plan):
+                    raise AssertionError
+        run_async(work())
+
+    def test_a_decision_arrives_at_once(self, tmp_path):
+        async def work():
+            with Receiver(200) as receiver:
+                async with open_courier(tmp_path, plan_of(receiver.url), clock=lm.SystemClock()) as world:
+                    took_s = []
+                    for at in range(60):
+                        began_s = time.monotonic()
+                        await queue(world, at=at)
+                        await until_true(lambda: len(receiver.calls) == at + 1)
+                        took_s.append(receiver.calls[-1][2] - began_s)
+                    assert sorted(took_s)[30] < 0.1, sorted(took_s)[-5:]
+        run_async(work(), 40)
+
+
+# ==============================================================================
+# 37. Progress -- foreign text becomes progress and numbers, or a reason
 # uses: Front, Fakes
 # ==============================================================================
 
@@ -6405,7 +8489,7 @@ class TestProgress:
 
 
 # ==============================================================================
-# 25. Probes -- the built-in evals measure what is there, and name what is not
+# 38. Probes -- the built-in evals measure what is there, and name what is not
 # uses: Front, Fakes
 # ==============================================================================
 
@@ -6560,7 +8644,7 @@ class TestProbes:
 
 
 # ==============================================================================
-# 26. Attempts -- what a command prints, writes and leaves is kept, within limits
+# 39. Attempts -- what a command prints, writes and leaves is kept, within limits
 # uses: Front, Fakes
 # ==============================================================================
 
@@ -6691,7 +8775,7 @@ class TestAttempts:
 
 
 # ==============================================================================
-# 27. Jobs -- evals that run, and end in one final state whatever happens
+# 40. Jobs -- evals that run, and end in one final state whatever happens
 # uses: Front, Fakes, Children
 # ==============================================================================
 
@@ -7238,7 +9322,7 @@ class TestJobs:
 
 
 # ==============================================================================
-# 28. Glob -- patterns for paths
+# 41. Glob -- patterns for paths
 # ==============================================================================
 
 
@@ -7330,7 +9414,7 @@ class TestGlob:
 
 
 # ==============================================================================
-# 29. Patch -- strict unified diffs, on bytes
+# 42. Patch -- strict unified diffs, on bytes
 # ==============================================================================
 
 PATCHED = b"# guide\n\nline two\nline three\n"
@@ -7527,7 +9611,7 @@ class TestPatch:
 
 
 # ==============================================================================
-# 30. Paths -- what a caller names, proven to lie below the root
+# 43. Paths -- what a caller names, proven to lie below the root
 # ==============================================================================
 
 
@@ -7710,7 +9794,7 @@ class TestPaths:
 
 
 # ==============================================================================
-# 31. Contents -- bytes of files to texts of the wire, and back
+# 44. Contents -- bytes of files to texts of the wire, and back
 # ==============================================================================
 
 
@@ -7829,7 +9913,7 @@ class TestContents:
 
 
 # ==============================================================================
-# 32. Repository -- reading and writing files below the root
+# 45. Repository -- reading and writing files below the root
 # ==============================================================================
 
 
@@ -8227,7 +10311,6312 @@ class TestRepository:
 
 
 # ==============================================================================
-# 33. Cockpit -- the page in a real browser against a real server
+# 46. Query -- any text as a search: what is asked of the index, and how the answers are ranked
+# uses: Front
+# ==============================================================================
+
+ANY_TEXT = st.text(max_size=200) | st.text(alphabet='ab_"\'*()-+:^{}/\\. ANDORNEAT\0', max_size=60) | st.sampled_from(
+    ['"', 'a"b', "a AND", "NEAR(a b, 2)", "path:a", "{path title}: x", "-a", "^a", "a*", "(((", "'; DROP TABLE docs; --",
+     "⚛️ ñandú", "İstanbul", "\ud800", "a" * 5000, "rate_limiter RateLimiter", "_", "__init__", "x" * 3 + "_" * 9, "１２３ ﬁ"])
+
+
+def ask_fts(connection: sqlite3.Connection, expression: str) -> list[int]:
+    """The rows that an FTS5 expression finds."""
+    return [row[0] for row in connection.execute("SELECT rowid FROM fts WHERE fts MATCH ?", (expression,))]
+
+
+@contextlib.contextmanager
+def open_fts(*texts: str):
+    """A small table like that of the index, with these bodies as its rows 1, 2, 3."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute("CREATE VIRTUAL TABLE fts USING fts5(path, title, symbols, head, body, content='')")
+        connection.executemany("INSERT INTO fts (rowid, body) VALUES (?,?)", enumerate(texts, 1))
+        yield connection
+
+
+def rank(text: str, *found: lm.Found) -> list[str]:
+    """Paths in the order of the first ranking."""
+    return [one.path for one in lm.rank_by_name(lm.parse_query(text), found)]
+
+
+class TestQuery:
+    @hypothesis.given(text=ANY_TEXT)
+    def test_any_text_is_a_query_and_no_syntax_of_fts5_gets_through(self, text):
+        query = lm.parse_query(text)
+        counts = dict.fromkeys(query.terms, 0)
+        with open_fts("alpha beta", "and or not near path title") as connection:
+            for counted in (counts, dict.fromkeys(counts, 1)):
+                for expression in (lm.ask_all(query, counted), lm.ask_rare(query, counted, 2)):
+                    if expression:
+                        ask_fts(connection, expression)
+                        bare = re.sub(r'"[^"]*"', "", expression)
+                        assert re.fullmatch(r"(AND|OR|[ ()*])*", bare), expression
+
+    @pytest.mark.parametrize("text, words", [
+        ("rate_limiter", ["rate", "limiter"]), ("RateLimiter spends", ["ratelimiter", "spends"]),
+        ("how does the cache work", ["cache", "work"]), ("what is this", ["what", "is", "this"]), ("", []), ("⚛️ -- \"", []),
+        ("ñandú Ñandú", ["ñandú"]), ("a.b/c-d", ["b", "c", "d"]), ("123", ["123"]), ("HTTPServer2", ["httpserver2"])])
+    def test_the_words_of_a_query(self, text, words):
+        assert list(lm.parse_query(text).terms) == words
+
+    def test_words_and_length_are_bounded(self):
+        query = lm.parse_query(" ".join(f"word{number}" for number in range(10_000)))
+        assert len(query.terms) == 16 and len(query.keys) <= 48
+
+    def test_one_name_in_three_spellings(self):
+        assert {lm.name_key(name) for name in ("rate_limiter", "RateLimiter", "rateLimiter")} == {"ratelimiter"}
+        for text in ("rate limiter", "RateLimiter", "where is rate_limiter defined"):
+            assert "ratelimiter" in lm.parse_query(text).keys
+
+    @pytest.mark.parametrize("text, rows", [
+        ("alpha beta", [1]), ("RateLimiter", [2, 3]), ("rate_limiter", [2]), ("alph", [1]), ("alpha gamma", [])])
+    def test_every_term_is_asked_for(self, text, rows):
+        with open_fts("alpha beta", "a rate limiter", "class RateLimiter") as connection:
+            query = lm.parse_query(text)
+            counts = {word: len(ask_fts(connection, f'"{word}"')) for word in query.terms}
+            assert ask_fts(connection, lm.ask_all(query, counts)) == rows
+
+    def test_only_the_rarer_words_are_asked_for_one_by_one(self):
+        query = lm.parse_query("common rare unknown")
+        assert lm.ask_rare(query, {"common": 90, "rare": 3, "unknown": 0}, 100) == '"rare"'
+        assert lm.ask_rare(query, {"common": 90, "rare": 80, "unknown": 0}, 100) == '"rare"'
+        assert lm.ask_rare(query, dict.fromkeys(query.terms, 0), 100) == ""
+
+    def test_rare_words_weigh_more_and_all_weigh_one(self):
+        weights = lm.weigh(lm.parse_query("common rare"), {"common": 90, "rare": 1}, 100)
+        assert weights["rare"] > 3 * weights["common"] and sum(weights.values()) == pytest.approx(1)
+        assert lm.weigh(lm.parse_query(""), {}, 0) == {}
+
+    @pytest.mark.parametrize("text, first, second", [
+        ("limits", lm.Found("src/limits.py"), lm.Found("src/other.py")),
+        ("src limits", lm.Found("src/limits.py"), lm.Found("docs/limits.md")),
+        ("src/limits.py", lm.Found("src/limits.py"), lm.Found("lib/src/limits.py")),
+        ("rate limits", lm.Found("src/rate_limits.py"), lm.Found("tests/test_rate_limits.py")),
+        ("rate limits test", lm.Found("tests/test_rate_limits.py"), lm.Found("src/rate_limits.py")),
+        ("spend", lm.Found("b.py", names=frozenset({"spend"})), lm.Found("a.py", bm25=9.0)),
+        ("take tokens", lm.Found("b.py", names=frozenset({"taketokens"})), lm.Found("a.py", bm25=9.0)),
+        ("words", lm.Found("b.py", bm25=2.0), lm.Found("a.py", bm25=1.0)),
+        ("words", lm.Found("z.py"), lm.Found("vendor/y.py"))])
+    def test_names_and_paths_put_candidates_in_order(self, text, first, second):
+        for found in ((first, second), (second, first)):
+            assert rank(text, *found) == [first.path, second.path]
+
+    def test_the_passage_is_where_rare_words_meet(self):
+        text = "bucket\n" + "filler\n" * 100 + "takes tokens from\na bucket\n" + "filler\n" * 100 + "tokens"
+        passage = lm.find_passage(text, {"tokens": 0.6, "bucket": 0.4})
+        assert (passage.line, passage.column) == (101, 6)
+        assert passage.score > lm.find_passage("bucket " + "x " * 500 + "tokens", {"tokens": 0.6, "bucket": 0.4}).score
+
+    def test_words_count_from_their_begin_only(self):
+        assert lm.find_passage("retokens", {"tokens": 1.0}) is None
+        assert lm.find_passage("", {"tokens": 1.0}) is None and lm.find_passage("text", {}) is None
+        assert lm.find_passage("a tokenset", {"token": 1.0}) is not None
+
+    def test_neighbours_in_the_order_of_the_query_score_more(self):
+        weights = {"take": 0.5, "tokens": 0.5}
+        assert lm.find_passage("take tokens", weights).score > lm.find_passage("tokens take", weights).score
+
+    @hypothesis.given(text=st.text(max_size=300), words=st.lists(st.text(min_size=1, max_size=4), max_size=5))
+    def test_a_passage_lies_within_any_text(self, text, words):
+        passage = lm.find_passage(text.lower(), dict.fromkeys(words, 0.2))
+        assert passage is None or passage.line <= text.lower().count("\n")
+        snippet, line = lm.cut_snippet(text, passage.line if passage else 0, passage.column if passage else 0)
+        assert 1 <= line <= text.count("\n") + 1 and len(snippet) <= 400
+
+    def test_a_snippet_begins_at_its_line_and_skips_blank_ones(self):
+        text = "one\n\n\ntwo  \nthree\nfour\nfive"
+        assert lm.cut_snippet(text, 0) == ("one", 1)
+        assert lm.cut_snippet(text, 1) == ("two\nthree\nfour", 4)
+        assert lm.cut_snippet(text, 99) == ("five", 7)
+        assert "needle" in lm.cut_snippet("x" * 5000 + " needle " + "y" * 5000, 0, 5001)[0]
+
+    @hypothesis.given(paths=st.lists(st.text(alphabet="abAB/._İ", min_size=1, max_size=12), max_size=12),
+                      part=st.text(alphabet="ab/.", min_size=1, max_size=3))
+    def test_a_list_of_paths_finds_every_part_of_one(self, paths, part):
+        wanted = [path for path in paths if part in (path.lower() if len(path.lower()) == len(path) else path)]
+        assert lm.PathList(paths).containing(part, 100) == wanted
+
+    def test_paths_with_the_most_words_come_first(self):
+        paths = lm.PathList(["a/rate.py", "docs/guide.md", "src/rate_limiter.py"])
+        assert paths.matching(lm.parse_query("rate limiter"), 10)[0].path == "src/rate_limiter.py"
+        assert paths.matching(lm.parse_query("nothing"), 10) == []
+
+
+# ==============================================================================
+# 47. Git -- what git says is read whole, and nothing that a repository's configuration names ever runs
+# uses: Front, Fakes
+# ==============================================================================
+
+
+NAME_LETTERS = st.sampled_from("abcXYZ019-_.:*?[]{}()!#$%&'~^+=,; \téß日")
+FILE_NAMES = st.text(NAME_LETTERS, min_size=1, max_size=12).filter(
+    lambda name: name.strip(". ") and not lm.is_secret_path(name) and not name.startswith((".git", ".mcp-tmp-")))
+FILE_TEXTS = st.lists(st.sampled_from(("a\n", "b\n", "\n", "deep\r\n", "é\n", "x")), max_size=6).map("".join)
+
+
+def open_git(repo, **rules):
+    """A Git on a folder."""
+    return lm.Git(lm.Root(str(repo), own_files=(".mcp-state.db",)), lm.SystemClock(), **rules)
+
+
+def every_reading(run):
+    """Every reading command, as a busy client would send them."""
+    head = run.find_commit("HEAD")
+    lm.read_status(run, "", 0, 1000)
+    lm.read_diff(run, head, None)
+    lm.read_diff(run, head, None, is_staged=True)
+    lm.read_log(run, "HEAD", "", 0, 50)
+    lm.read_log(run, "HEAD", "README.md", 0, 50)
+    lm.read_commit(run, "HEAD")
+    lm.read_old_file(run, "HEAD", "README.md")
+    run.list_files()
+
+
+def plant(repo, attributes="", **settings):
+    """Settings of the repository itself, as somebody who could write there would leave them."""
+    for key, value in settings.items():
+        git(repo, "config", key.replace("__", "."), value)
+    if attributes:
+        (repo / ".gitattributes").write_text(attributes)
+
+
+@pytest.fixture(scope="session")
+def changed_repository(tmp_path_factory):
+    """A folder with a repository that has changed, staged and untracked files, to be copied."""
+    folder = tmp_path_factory.mktemp("changed")
+    place = make_repository(folder)
+    (place / "README.md").write_text("# scratch\n\nA small repository!\n")
+    (place / "docs/guide.md").write_text("# guide\n\nstaged\nline three\n")
+    git(place, "add", "docs/guide.md")
+    (place / "new.txt").write_text("new\n")
+    for sample in (place / ".git/hooks").iterdir():
+        sample.unlink()
+    return folder
+
+
+@pytest.fixture
+def repo(changed_repository, tmp_path):
+    """A repository of its own for a test; the times of its files make git look into them."""
+    shutil.copytree(changed_repository, tmp_path, symlinks=True, dirs_exist_ok=True)
+    place = tmp_path / "repo"
+    (place / "link").unlink()
+    (place / "link").symlink_to(tmp_path / "outside")
+    os.utime(place / "src/app.py", (1, 1))
+    return place
+
+
+class TestGit:
+    """Reading a repository, friendly or not."""
+
+    def test_status_tells_branch_and_letters(self, repo):
+        git(repo, "mv", "src/app.py", "src/moved.py")
+        found = lm.read_status(open_git(repo).open(), "", 0, 100)
+        assert found["branch"] == "main" and found["commit"] == git(repo, "rev-parse", "HEAD").strip()
+        assert not found["clean"] and found["underWay"] is None and not found["truncated"]
+        assert {item["path"]: item["index"] + item["worktree"] for item in found["items"]} == {
+            "README.md": ".M", "docs/guide.md": "M.", "src/moved.py": "R.", "new.txt": "??", "link": "??"}
+        assert next(item for item in found["items"] if item["path"] == "src/moved.py")["from"] == "src/app.py"
+
+    def test_status_of_a_path_and_in_pages(self, repo):
+        run = open_git(repo).open()
+        assert [item["path"] for item in lm.read_status(run, "docs", 0, 100)["items"]] == ["docs/guide.md"]
+        first = lm.read_status(run, "", 0, 2)
+        rest = lm.read_status(run, "", first["nextOffset"], 100)
+        assert first["truncated"] and first["total"] == 4 and rest["nextOffset"] is None
+        assert len({item["path"] for item in first["items"] + rest["items"]}) == 4
+
+    @pytest.mark.parametrize("words, word", [(("merge", "other"), "merge"), (("rebase", "other"), "rebase"),
+                                             (("cherry-pick", "other"), "cherry-pick")])
+    def test_status_names_what_is_unfinished(self, tmp_path, words, word):
+        place = make_repository(tmp_path)
+        git(place, "checkout", "-q", "-b", "other")
+        (place / "README.md").write_text("theirs\n")
+        git(place, "commit", "-qam", "theirs")
+        git(place, "checkout", "-q", "main")
+        (place / "README.md").write_text("ours\n")
+        git(place, "commit", "-qam", "ours")
+        with pytest.raises(subprocess.CalledProcessError):
+            git(place, *words)
+        found = lm.read_status(open_git(place).open(), "", 0, 100)
+        assert found["underWay"] == word
+        assert {"path": "README.md", "index": "U", "worktree": "U"} in found["items"] or word == "rebase"
+
+    def test_a_repository_without_a_commit(self, tmp_path):
+        git(tmp_path, "init", "-q", "-b", "main")
+        (tmp_path / "a").write_text("a\n")
+        git(tmp_path, "add", "a")
+        run = open_git(tmp_path).open()
+        assert lm.read_status(run, "", 0, 10)["commit"] is None
+        assert lm.read_log(run, "HEAD", "", 0, 10)["commits"] == []
+        assert lm.read_diff(run, None, None, is_staged=True)["files"] == [{"path": "a", "status": "A", "added": 1, "removed": 0}]
+        with pytest.raises(lm.NotFound):
+            lm.read_commit(run, "HEAD")
+
+    def test_a_linked_work_tree_is_a_repository(self, repo, tmp_path):
+        git(repo, "worktree", "add", "-q", str(tmp_path / "wt"), "-b", "side")
+        run = open_git(tmp_path / "wt").open()
+        assert lm.read_status(run, "", 0, 10)["branch"] == "side" and run.folder().endswith("worktrees/wt")
+
+    def test_a_folder_that_is_no_repository_says_the_cure(self, tmp_path):
+        (tmp_path / "sub").mkdir()
+        git(tmp_path, "init", "-q")
+        with pytest.raises(lm.Unavailable, match="git init"):  # the one above is not meant
+            open_git(tmp_path / "sub").open()
+
+    def test_without_git_the_cure_is_named(self, repo, monkeypatch, tmp_path):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(lm.Unavailable, match="install"):
+            open_git(repo).open()
+
+    def test_log_in_pages_and_of_a_path(self, tmp_path):
+        place = make_repository(tmp_path)
+        for number in range(5):
+            (place / "README.md").write_text(f"{number}\n")
+            git(place, "commit", "-qam", f"change {number}\n\nbody\x01 {number}")
+        run = open_git(place).open()
+        first = lm.read_log(run, "HEAD", "", 0, 2)
+        assert [one["subject"] for one in first["commits"]] == ["change 4", "change 3"] and first["nextOffset"] == 2
+        assert first["commits"][0]["body"] == "body\x01 4" and first["commits"][0]["author"] == "Test"
+        last = lm.read_log(run, "HEAD", "", 4, 2)
+        assert last["commits"][-1]["parents"] == [] and not last["truncated"]
+        assert [one["subject"] for one in lm.read_log(run, "HEAD", "docs", 0, 9)["commits"]] == ["start"]
+        assert lm.read_log(run, "HEAD~1", "", 0, 1)["commits"][0]["subject"] == "change 3"
+
+    def test_a_difference_and_its_pages(self, repo):
+        run = open_git(repo).open()
+        whole = lm.read_diff(run, run.find_commit("HEAD"), None)
+        assert {(one["path"], one["added"], one["removed"]) for one in whole["files"]} == {
+            ("README.md", 1, 1), ("docs/guide.md", 1, 1)}
+        assert whole["diff"] == git(repo, "diff", "HEAD") and whole["nextOffset"] is None
+        text, offset = "", 0
+        while offset is not None:
+            page = lm.read_diff(run, run.find_commit("HEAD"), None, offset=offset, limit=3)
+            text, offset = text + page["diff"], page["nextOffset"]
+        assert text == whole["diff"]
+        assert lm.read_diff(run, run.find_commit("HEAD"), None, path="docs")["filesTotal"] == 1
+        assert lm.read_diff(run, run.find_commit("HEAD"), None, is_staged=True)["files"][0]["path"] == "docs/guide.md"
+
+    def test_a_commit_is_shown_against_its_first_parent_or_against_nothing(self, repo):
+        git(repo, "commit", "-qm", "second")
+        run = open_git(repo).open()
+        assert lm.read_commit(run, "HEAD")["diff"] == git(repo, "diff", "HEAD~1", "HEAD")
+        assert lm.read_commit(run, "HEAD~1")["filesTotal"] == 3 and lm.read_commit(run, "HEAD~1")["added"] == 9
+
+    def test_renamed_binary_and_empty_files_are_counted(self, repo):
+        git(repo, "commit", "-qam", "second")
+        git(repo, "mv", "docs/guide.md", "docs/moved.md")
+        (repo / "blob").write_bytes(b"\0\1\2")
+        (repo / "empty").write_text("")
+        git(repo, "add", ".")
+        git(repo, "commit", "-qm", "third")
+        files = {one["path"]: one for one in lm.read_commit(open_git(repo).open(), "HEAD")["files"]}
+        assert files["docs/moved.md"]["from"] == "docs/guide.md" and files["docs/moved.md"]["status"] == "R"
+        assert files["blob"]["added"] is None and files["empty"]["added"] == 0
+
+    def test_secrets_are_left_out_and_counted(self, repo):
+        for name in (".env", "deploy/id_rsa", "server.key", "notes.txt"):
+            (repo / name).parent.mkdir(exist_ok=True)
+            (repo / name).write_text("hunter2\n" if name != "notes.txt" else "plain\n")
+        git(repo, "add", ".")
+        run = open_git(repo).open()
+        assert {item["path"] for item in lm.read_status(run, "", 0, 100)["items"]}.isdisjoint((".env", "deploy/id_rsa", "server.key"))
+        staged = lm.read_diff(run, run.find_commit("HEAD"), None, is_staged=True)
+        assert staged["hidden"] == 3 and "hunter2" not in staged["diff"] and "plain" in staged["diff"]
+        git(repo, "commit", "-qm", "oh")
+        shown = lm.read_commit(run, "HEAD")
+        assert "hunter2" not in str(shown) and ".env" not in str(shown) and shown["hidden"] == 3
+        git(repo, "mv", "server.key", "harmless.txt")
+        moved = lm.read_diff(run, run.find_commit("HEAD"), None, is_staged=True)
+        assert "server.key" not in str(moved) and moved["hidden"] == 1
+
+    def test_a_file_as_it_was(self, repo):
+        git(repo, "commit", "-qam", "second")
+        run = open_git(repo).open()
+        assert lm.read_old_file(run, "HEAD~1", "README.md") == (run.find_commit("HEAD~1"), FILES["README.md"].encode())
+        git(repo, "add", "link")
+        git(repo, "commit", "-qm", "link")
+        for rel, family in (("none.md", lm.NotFound), ("docs", lm.Conflict), ("link", lm.Conflict), ("-p", lm.NotFound)):
+            with pytest.raises(family):
+                lm.read_old_file(run, "HEAD", rel)
+
+    @hypothesis.given(st.dictionaries(FILE_NAMES, FILE_TEXTS, min_size=1, max_size=6), st.data())
+    @hypothesis.settings(max_examples=12, suppress_health_check=list(hypothesis.HealthCheck))
+    def test_any_name_and_text_come_back_as_they_are(self, tmp_path_factory, files, data):
+        place = tmp_path_factory.mktemp("any")
+        git(place, "init", "-q")
+        for name, text in files.items():
+            (place / name).write_bytes(text.encode())
+        git(place, "--literal-pathspecs", "add", "--", *files)
+        git(place, "commit", "-qm", "all", "--allow-empty")
+        changed = data.draw(st.sets(st.sampled_from(sorted(files))))
+        for name in changed:
+            (place / name).write_bytes(b"changed\n")
+        run = open_git(place).open()
+        different = {name for name in changed if files[name] != "changed\n"}
+        assert {item["path"] for item in lm.read_status(run, "", 0, 99)["items"]} == different
+        found = lm.read_diff(run, run.find_commit("HEAD"), None)
+        assert {one["path"] for one in found["files"]} == different
+        for name in files:
+            assert lm.read_old_file(run, "HEAD", name)[1] == files[name].encode()
+            one = lm.read_diff(run, run.find_commit("HEAD"), None, path=name)
+            assert {file["path"] for file in one["files"]} == different & {name}  # no name is a pattern
+
+    # -- what must never run --
+
+    @pytest.mark.parametrize("attributes, settings", [
+        ("", {"core__fsmonitor": "{run}"}), ("", {"core__pager": "{run}", "pager__log": "{run}", "pager__diff": "true"}),
+        ("", {"diff__external": "{run}"}), ("* diff=x\n", {"diff__x__command": "{run}"}),
+        ("* diff=x\n", {"diff__x__textconv": "{run}"}), ("* filter=x\n", {"filter__x__clean": "{run}"}),
+        ("* filter=x\n", {"filter__x__process": "{run}", "filter__x__required": "true"}),
+        ("* filter=x.y\n", {"filter__x.y__clean": "{run}", "filter__x.y__smudge": "{run}"}),
+        ("", {"log__showSignature": "true", "gpg__program": "{run}"}),
+        ("", {"core__sshCommand": "{run}", "core__editor": "{run}", "core__askPass": "{run}", "credential__helper": "!{run}"}),
+        ("", {"alias__status": "!{run}", "alias__log": "!{run}"}), ("", {"include__path": "{other}"}),
+        ("", {"hook__x__command": "{run}", "hook__x__event": "post-index-change"}),
+        ("", {"core__alternateRefsCommand": "{run}", "uploadpack__packObjectsHook": "{run}"}),
+        ("", {"diff__submodule": "log", "status__submoduleSummary": "true", "diff__ignoreSubmodules": "none"}),
+    ])
+    def test_configuration_of_a_read_only_call_runs_no_program(self, repo, tmp_path, attributes, settings):
+        """The official git server, fixed in v2.4.0: a repository's own settings ran programs in git_status and git_diff."""
+        marker, program = tmp_path / "ran", tmp_path / "program"
+        program.write_text(f"#!/bin/sh\ntouch {marker}\ncat\n")
+        program.chmod(0o755)
+        (tmp_path / "other").write_text(f"[core]\n\tfsmonitor = {program}\n")
+        plant(repo, attributes, **{key: value.format(run=program, other=tmp_path / "other") for key, value in settings.items()})
+        every_reading(open_git(repo).open())
+        assert not marker.exists()
+
+    @pytest.mark.parametrize("attributes, settings, words", [
+        ("", {"core__fsmonitor": "{run}"}, ("status",)), ("* filter=x\n", {"filter__x__clean": "{run}"}, ("status",)),
+        ("* diff=x\n", {"diff__x__textconv": "{run}"}, ("diff", "HEAD"))])
+    def test_plain_git_would_have_run_them(self, repo, tmp_path, attributes, settings, words):
+        marker, program = tmp_path / "ran", tmp_path / "program"
+        program.write_text(f"#!/bin/sh\ntouch {marker}\ncat\n")
+        program.chmod(0o755)
+        plant(repo, attributes, **{key: value.format(run=program) for key, value in settings.items()})
+        git(repo, *words)
+        assert marker.exists()
+
+    def test_hooks_of_the_repository_stay_silent(self, repo, tmp_path):
+        marker = tmp_path / "ran"
+        for name in ("post-index-change", "reference-transaction", "pre-auto-gc", "fsmonitor-watchman", "post-checkout"):
+            hook = repo / ".git/hooks" / name
+            hook.write_text(f"#!/bin/sh\ntouch {marker}\n")
+            hook.chmod(0o755)
+        every_reading(open_git(repo).open())
+        assert not marker.exists()
+
+    def test_a_filter_that_cannot_be_switched_off_is_refused(self, repo):
+        with open(repo / ".git/config", "a") as config:
+            config.write('[filter "a=b"]\n\tclean = touch ran\n')
+        with pytest.raises(lm.Unavailable, match="="):
+            open_git(repo).open()
+
+    def test_GHSA_87qg_cmw8_jc5m_a_promisor_remote_is_never_asked(self, repo, tmp_path):
+        blob = git(repo, "rev-parse", "HEAD:README.md").strip()
+        os.unlink(repo / ".git/objects" / blob[:2] / blob[2:])
+        plant(repo, extensions__partialClone="origin", remote__origin__promisor="true",
+              remote__origin__url=f"ext::sh -c 'touch% {tmp_path}/ran'", protocol__ext__allow="always")
+        with pytest.raises(lm.Unavailable):
+            lm.read_old_file(open_git(repo).open(), "HEAD", "README.md")
+        assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize("name, value", [
+        ("GIT_DIR", "/nowhere"), ("GIT_WORK_TREE", "/"), ("GIT_INDEX_FILE", "/nowhere"), ("GIT_EXEC_PATH", "{bad}"),
+        ("GIT_EXTERNAL_DIFF", "{run}"), ("GIT_PAGER", "{run}"), ("GIT_SSH_COMMAND", "{run}"), ("GIT_OBJECT_DIRECTORY", "/nowhere"),
+        ("GIT_CONFIG_PARAMETERS", "'core.fsmonitor={run}'"), ("GIT_CONFIG_GLOBAL", "{bad}/config"), ("GIT_NAMESPACE", "x"),
+        ("GIT_TRACE", "{bad}/trace"), ("GIT_REPLACE_REF_BASE", "refs/x/"), ("GIT_LITERAL_PATHSPECS", "0"), ("GIT_DIFF_OPTS", "-u9")])
+    def test_variables_of_the_environment_change_nothing(self, repo, tmp_path, monkeypatch, name, value):
+        marker, program = tmp_path / "ran", tmp_path / "program"
+        program.write_text(f"#!/bin/sh\ntouch {marker}\ncat\n")
+        program.chmod(0o755)
+        bad = tmp_path / "bad"
+        bad.mkdir()
+        (bad / "config").write_text(f"[core]\n\tfsmonitor = {program}\n")
+        expected = git(repo, "diff", "HEAD")
+        monkeypatch.setenv(name, value.format(run=program, bad=bad))
+        run = open_git(repo).open()
+        every_reading(run)
+        assert lm.read_diff(run, run.find_commit("HEAD"), None)["diff"] == expected
+        assert not marker.exists() and os.listdir(bad) == ["config"]
+
+    def test_a_planted_bare_repository_is_never_entered(self, tmp_path):
+        """safe.bareRepository: what the file tools can write must not become a configuration."""
+        (tmp_path / "plain").mkdir()
+        git(tmp_path, "init", "-q", "--bare", "plain")
+        git(tmp_path / "plain", "config", "core.fsmonitor", f"touch {tmp_path}/ran")
+        git(tmp_path / "plain", "config", "core.bare", "false")
+        with pytest.raises(lm.Unavailable, match="no git work tree"):
+            open_git(tmp_path / "plain").open()
+        assert not (tmp_path / "ran").exists()
+
+    def test_a_git_inside_the_repository_is_not_the_git(self, repo, monkeypatch, tmp_path):
+        for folder in (repo / "bin", repo):
+            folder.mkdir(exist_ok=True)
+            (folder / "git").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+            (folder / "git").chmod(0o755)
+        monkeypatch.setenv("PATH", f".::{repo}/bin:{repo}:{os.environ['PATH']}")
+        monkeypatch.chdir(repo)
+        every_reading(open_git(repo).open())
+        assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize("revision", [
+        "--output=pwned", "-p", "--", "", "HEAD..main", "main...HEAD", "HEAD:README.md", ":/start", "a b", "HEAD\n", "*",
+        "--exec=touch pwned", "-O/etc/passwd", "HEAD\0", "x" * 300, "@{u}\\"])
+    def test_argument_injection_by_revisions(self, repo, revision):
+        run = open_git(repo).open()
+        for call in (lambda: lm.read_commit(run, revision), lambda: lm.read_log(run, revision, "", 0, 5),
+                     lambda: lm.read_old_file(run, revision, "README.md")):
+            with pytest.raises(lm.InvalidArguments, match="no revision"):
+                call()
+        assert not (repo / "pwned").exists()
+
+    @pytest.mark.parametrize("revision", ["HEAD", "HEAD~0", "main", "@", "refs/heads/main", "HEAD^{commit}", "v1", "HEAD@{0}"])
+    def test_revisions_that_are_some(self, repo, revision):
+        git(repo, "tag", "-a", "v1", "-m", "one")
+        run = open_git(repo).open()
+        assert run.resolve(revision) == git(repo, "rev-parse", "HEAD").strip()
+        with pytest.raises(lm.NotFound, match="Unknown revision"):
+            run.resolve("none")
+
+    # -- bounds --
+
+    def test_a_slow_git_is_stopped_with_all_that_it_started(self, repo, tmp_path, monkeypatch):
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin/git").write_text(f"#!/bin/sh\nsleep 60 & echo $! > {tmp_path}/pid\nwait\n")
+        (tmp_path / "bin/git").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+        monkeypatch.setattr(lm, "_TIMEOUT_S", 0.5)
+        with pytest.raises(lm.Unavailable, match="took more than 0.5 s"):
+            open_git(repo).open()
+        pid = int((tmp_path / "pid").read_text())
+        wait_until(lambda: not os.path.exists(f"/proc/{pid}") or "Z" in open(f"/proc/{pid}/stat").read().split(")")[1].split()[0], 5)
+
+    def test_output_is_cut_and_nobody_waits_for_the_rest(self, repo):
+        (repo / "README.md").write_text("line\n" * 400_000)
+        run = open_git(repo).open()
+        cut = run.run("diff", limit_bytes=1000)
+        assert cut.is_cut and len(cut.output) == 1000
+        page = lm.read_diff(run, run.find_commit("HEAD"), None, limit=5000)
+        assert page["truncated"] and page["diff"].count("\n") == 5000 and page["nextOffset"] == 5000
+
+    def test_a_large_input_and_output_do_not_block_each_other(self, repo):
+        names = [f"{number:06}" * 20 for number in range(20_000)]
+        done = open_git(repo).open().run("check-attr", "-z", "--stdin", "text", given="\0".join([*names, ""]).encode())
+        assert len(done.fields) == 3 * len(names)
+
+    def test_no_process_and_no_descriptor_is_left(self, repo):
+        git_ = open_git(repo)
+        every_reading(git_.open())
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            every_reading(git_.open())
+        assert len(os.listdir("/proc/self/fd")) == before
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+
+    def test_reading_leaves_the_repository_as_it_is(self, repo):
+        index = (repo / ".git/index").read_bytes()
+        every_reading(open_git(repo).open())
+        assert (repo / ".git/index").read_bytes() == index and not (repo / ".git/index.lock").exists()
+
+
+# ==============================================================================
+# 48. Staging -- what gets into a tree, and a lock that is whole or not there
+# uses: Front, Fakes, Git
+# ==============================================================================
+
+
+def lock_of(repo):
+    return repo / ".git/index.lock"
+
+
+def next_index(content=b"next", before=None, name="mcp-index-test"):
+    """An index to come."""
+    return lm.NextIndex(content, before, name)
+
+
+HOLDER = """
+import os, sys, lukhas_mcp as lm
+with lm.hold_index(sys.argv[1], lm.NextIndex(b"next", None, "mcp-index-test")) as place:
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+class TestStaging:
+    """Pieces of a commit."""
+
+    @pytest.mark.parametrize("message, sent", [("a", "a\n"), ("a\n\n", "a\n"), ("-m x", "-m x\n"), ("# no comment", "# no comment\n"),
+                                               ("a\r\nb", "a\r\nb\n"), ("é\u2028", "é\n"), ("  a", "  a\n")])
+    def test_a_message_is_taken_as_it_is(self, message, sent):
+        assert lm.check_message(message) == sent
+
+    @pytest.mark.parametrize("message", ["", "  ", "\n\t", "a\0b", "\ud800"])
+    def test_a_message_that_is_none(self, message):
+        with pytest.raises(lm.InvalidArguments, match="message"):
+            lm.check_message(message)
+
+    def test_the_lock_is_taken_whole_and_let_go(self, repo):
+        folder = repo / ".git"
+        before = hashlib.sha256((folder / "index").read_bytes()).hexdigest()
+        with lm.hold_index(str(folder), next_index(before=before)) as place:
+            assert lock_of(repo).read_bytes() == b"next" and lm.is_lock_held(str(lock_of(repo)))
+            with pytest.raises(subprocess.CalledProcessError):
+                git(repo, "add", "new.txt")
+            place()
+            assert (folder / "index").read_bytes() == b"next"
+            lock_of(repo).write_text("of somebody else")
+        assert lock_of(repo).read_text() == "of somebody else"
+        assert [path.name for path in folder.iterdir() if path.name.startswith("mcp-")] == []
+
+    def test_a_lock_that_was_not_used_leaves_nothing(self, repo):
+        before = hashlib.sha256((repo / ".git/index").read_bytes()).hexdigest()
+        names = sorted(os.listdir(repo / ".git"))
+        with pytest.raises(ZeroDivisionError), lm.hold_index(str(repo / ".git"), next_index(before=before)):
+            1 / 0
+        assert sorted(os.listdir(repo / ".git")) == names
+
+    @pytest.mark.parametrize("is_locked", [True, False])
+    def test_a_foreign_lock_or_index_is_left_alone(self, repo, is_locked):
+        if is_locked:
+            lock_of(repo).write_text("foreign")
+        index = (repo / ".git/index").read_bytes()
+        with pytest.raises(lm.Conflict, match="another git process"):
+            with lm.hold_index(str(repo / ".git"), next_index(before="0" * 64)):
+                raise AssertionError("held")
+        assert (repo / ".git/index").read_bytes() == index
+        assert lock_of(repo).exists() == is_locked and not (repo / ".git/mcp-index-test").exists()
+
+    @pytest.mark.parametrize("is_done", [True, False])
+    def test_a_dead_owners_lock_is_completed_or_taken_away(self, repo, is_done):
+        folder = str(repo / ".git")
+        os.unlink(repo / ".git/index")
+        holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder], cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert holder.stdout.readline() == b"held\n"
+        lm.clear_index_lock(folder, "mcp-index-test", next_index().sha256, is_done=is_done)
+        assert lock_of(repo).read_bytes() == b"next"  # its owner lives
+        holder.kill()
+        holder.communicate()
+        lm.clear_index_lock(folder, "mcp-index-test", "0" * 64, is_done=is_done)
+        assert lock_of(repo).exists()  # it is not known to be ours
+        lm.clear_index_lock(folder, "mcp-index-test", next_index().sha256, is_done=is_done)
+        assert not lock_of(repo).exists() and not (repo / ".git/mcp-index-test").exists()
+        assert (repo / ".git/index").exists() == is_done
+
+    def test_clearing_never_leaves_the_git_folder(self, repo, tmp_path):
+        (tmp_path / "mcp-index-x").write_text("mine")
+        lm.clear_index_lock(str(repo / ".git"), "../../mcp-index-x", "0" * 64, is_done=False)
+        assert (tmp_path / "mcp-index-x").exists()
+
+
+# ==============================================================================
+# 49. Commits -- only what was named, as the configured author, and the checkout stays as it is
+# uses: Front, Fakes, Git
+# ==============================================================================
+
+
+KILLS = int(os.environ.get("LUKHAS_TEST_KILLS", "2"))  # of each kind; the full proof takes 200
+COMMITTER = """
+import json, sys, lukhas_mcp as lm
+repo, state = sys.argv[1:]
+commits = lm.Commits(lm.Git(lm.Root(repo), lm.SystemClock()), state)
+for number in range(10**6):
+    with open(repo + "/README.md", "w") as stream:
+        stream.write(f"{number}\\n" * 50)
+    prepared = commits.prepare(f"number {number}", add=["README.md"])
+    print(json.dumps(prepared.to_details()), flush=True)
+    commits.finish(prepared)
+"""
+
+
+REFUSED_PATHS = [
+    ("../x", lm.PathRefused, "../x"), ("docs/../../x", lm.PathRefused, "traversal"), ("/etc/passwd", lm.PathRefused, "within"),
+    ("../repo-sibling/s.txt", lm.PathRefused, "traversal"), (".git/config", lm.PathRefused, "Git's own"),
+    (".GIT/config", lm.PathRefused, "Git's own"), ("docs/.git", lm.PathRefused, "Git's own"), (".git.", lm.PathRefused, "Git's own"),
+    ("git~1/x", lm.PathRefused, "Git's own"), ("~/x", lm.PathRefused, "Home"), ("a\0b", lm.PathRefused, "Control"),
+    (".env", lm.PathRefused, "Secret"), ("deploy/server.key", lm.PathRefused, "Secret"),
+    (".mcp-state.db", lm.PathRefused, "belongs to the server"), (".mcp-state.db-wal", lm.PathRefused, "belongs"),
+    (".github/workflows/ci.yml", lm.PathRefused, "Protected"), ("none.txt", lm.NotFound, "none.txt"),
+    ("-A", lm.NotFound, "-A"), ("--all", lm.NotFound, "--all"), ("--pathspec-from-file=x", lm.NotFound, "pathspec"),
+    (":/", lm.NotFound, ":"), (":(top)", lm.NotFound, "top"), ("*", lm.NotFound, "\\*"), ("ignored.log", lm.Conflict, "ignored"),
+    ("src/app.py", lm.Conflict, "nothing to commit"), ("link/o.txt", lm.ToolError, "o.txt|beyond")]
+
+
+def open_commits(repo, *protected, own_files=(".mcp-state.db",), guarded=(".github/**",), **rules):
+    """A Commits on a folder, with its copies of the index beside it."""
+    state = repo.parent / "state"
+    state.mkdir(exist_ok=True)
+    return lm.Commits(lm.Git(lm.Root(str(repo), own_files=own_files, protected=guarded), lm.SystemClock(), **rules), str(state), protected)
+
+
+def commit(commits, message="m", **rules):
+    """A commit, made and finished."""
+    prepared = commits.prepare(message, **rules)
+    commits.finish(prepared)
+    return prepared
+
+
+def short_status(repo):
+    return git(repo, "status", "--short", "--untracked-files=all")
+
+
+def assert_sound(repo):
+    """Nothing is broken and nothing is left."""
+    git(repo, "fsck", "--strict")
+    assert [name for name in os.listdir(repo / ".git") if name.startswith("mcp-") or name.endswith(".lock")] == []
+    assert os.listdir(repo.parent / "state") == []
+
+
+@pytest.fixture
+def configured(repo, monkeypatch):
+    """The repository with an author of its own, and a home without any."""
+    git(repo, "config", "user.name", "Ada")
+    git(repo, "config", "user.email", "ada@example.org")
+    monkeypatch.setenv("HOME", str(repo.parent))
+    return repo
+
+
+class TestCommits:
+    """Commits beside the index."""
+
+    def test_only_the_named_file_is_committed(self, configured):
+        prepared = commit(open_commits(configured), "first\n\nwhy", add=["README.md"])
+        assert prepared.paths == ("README.md",) and prepared.author == "Ada <ada@example.org>" and prepared.branch == "main"
+        assert git(configured, "log", "-1", "--format=%H|%an|%ce|%B").strip() == f"{prepared.commit}|Ada|ada@example.org|first\n\nwhy"
+        assert short_status(configured) == "M  docs/guide.md\n?? link\n?? new.txt\n"
+        assert "commit: first" in git(configured, "reflog", "-1") and "commit: first" in git(configured, "reflog", "-1", "main")
+        git(configured, "diff-files", "--quiet", "README.md")  # its times are in the index too
+        assert_sound(configured)
+
+    def test_folders_deletions_modes_and_links(self, configured):
+        (configured / "src/app.py").unlink()
+        (configured / "src/app.py").mkdir()
+        (configured / "src/app.py/inner.py").write_text("inner\n")
+        (configured / "tool.sh").write_text("#!/bin/sh\n")
+        (configured / "tool.sh").chmod(0o755)
+        prepared = commit(open_commits(configured), add=["src", "link", "tool.sh"])
+        assert set(prepared.paths) == {"src/app.py", "src/app.py/inner.py", "link", "tool.sh"}
+        tree = {row.split("\t")[1]: row.split()[0] for row in git(configured, "ls-tree", "-r", "HEAD").splitlines()}
+        assert tree["tool.sh"] == "100755" and tree["link"] == "120000" and "src/app.py/inner.py" in tree and "src/app.py" not in tree
+        assert git(configured, "show", "HEAD:link") == str(configured.parent / "outside")  # the link itself
+        assert short_status(configured) == " M README.md\nM  docs/guide.md\n?? new.txt\n"
+        assert_sound(configured)
+
+    def test_stage_all_takes_everything_but_what_no_tool_may_write(self, configured):
+        (configured / ".gitignore").write_text("*.log\n")
+        for name in ("forced.log", "left.log", ".env", "id_rsa", ".mcp-state.db", ".mcp-state.db-wal", ".github/workflows/ci.yml",
+                     ".mcp-tmp-0123"):
+            (configured / name).parent.mkdir(parents=True, exist_ok=True)
+            (configured / name).write_text("x\n")
+        git(configured, "add", "--force", "forced.log", ".env", ".github/workflows/ci.yml")
+        git(configured, "init", "-q", "nested")
+        prepared = commit(open_commits(configured), stage_all=True)
+        assert set(prepared.paths) == {".gitignore", "README.md", "docs/guide.md", "forced.log", "link", "new.txt"}
+        assert set(prepared.skipped) == {".env", "id_rsa", ".mcp-state.db", ".mcp-state.db-wal", ".github/workflows/ci.yml",
+                                         "nested/"}
+        assert short_status(configured).splitlines()[:2] == ["A  .env", "A  .github/workflows/ci.yml"]
+        assert_sound(configured)
+
+    def test_a_nested_repository_is_left_out(self, configured):
+        git(configured, "init", "-q", "nested")
+        (configured / "nested/a").write_text("a")
+        git(configured / "nested", "add", ".")
+        git(configured / "nested", "commit", "-qm", "inner")
+        assert commit(open_commits(configured), stage_all=True).skipped == ("nested/",)
+        with pytest.raises(lm.Conflict, match="nothing to commit: left out nested/"):
+            open_commits(configured).prepare("m", add=["nested"])
+
+    def test_CVE_2026_27735_paths_that_are_refused(self, configured):
+        (configured / ".gitignore").write_text("*.log\n")
+        (configured / "ignored.log").write_text("x")
+        head, commits = git(configured, "rev-parse", "HEAD"), open_commits(configured)
+        for add, family, words in REFUSED_PATHS:
+            with pytest.raises(family, match=words):
+                commits.prepare("m", add=[add])
+        assert git(configured, "rev-parse", "HEAD") == head
+
+    def test_option_like_and_pattern_like_names_are_names(self, configured):
+        commits = open_commits(configured)
+        for name in ("-A", "--all", ":(top)", "*", "a b", "é", "日本", "-", "[x]"):
+            (configured / name).write_text("mine\n")
+            assert commit(commits, add=[name]).paths == (name,)
+        (configured / "tab\there").write_text("mine\n")
+        with pytest.raises(lm.PathRefused):
+            commits.prepare("m", add=["tab\there"])
+        assert "tab\there" in commit(commits, stage_all=True).skipped
+
+    def test_names_that_are_no_utf8_are_left_out(self, configured):
+        with open(os.fsencode(configured) + b"/\xff.txt", "w") as stream:
+            stream.write("x")
+        prepared = commit(open_commits(configured), stage_all=True)
+        assert prepared.skipped == ("?.txt",) and "new.txt" in prepared.paths
+
+    def test_nothing_to_commit(self, configured):
+        commits = open_commits(configured)
+        for rules in ({}, {"add": ["src"]}, {"add": ["src/app.py"], "branch": "other"}):
+            with pytest.raises(lm.Conflict, match="nothing to commit"):
+                commits.prepare("m", **rules)
+        commit(commits, stage_all=True)
+        with pytest.raises(lm.Conflict, match="as in the last commit"):
+            commits.prepare("m", stage_all=True)
+        assert_sound(configured)
+
+    def test_signoff_is_a_trailer(self, configured):
+        commits, line = open_commits(configured), "Signed-off-by: Ada <ada@example.org>"
+        for number, (message, rest) in enumerate((("a", ["", line]), ("a\n\nwhy", ["", "why", "", line]), (
+                "a\n\nFixes: 1", ["", "Fixes: 1", line]), (f"a\n\n{line}", ["", line]), ("fix: it", ["", line]))):
+            (configured / "README.md").write_text(f"{number}\n")
+            commit(commits, message, add=["README.md"], signoff=True)
+            assert git(configured, "log", "-1", "--format=%B").strip().split("\n") == [message.split("\n")[0], *rest]
+            assert git(configured, "log", "-1", "--format=%(trailers:key=Signed-off-by,valueonly)").strip() == "Ada <ada@example.org>"
+
+    def test_the_message_is_never_an_option_and_never_cleaned(self, configured):
+        commits = open_commits(configured)
+        for message in ("-m --amend", "--author=x <y@z>", "#only\n#comments", "é\n\n\n\nb", "$(touch pwned)\n`x`"):
+            (configured / "README.md").write_text(message)
+            commit(commits, message, add=["README.md"])
+            assert git(configured, "cat-file", "commit", "HEAD").partition("\n\n")[2] == message + "\n"
+        assert set(git(configured, "log", "-5", "--format=%an").split()) == {"Ada"} and not (configured / "pwned").exists()
+
+    def test_without_an_author_the_server_stands_in_and_says_so(self, repo, monkeypatch):
+        monkeypatch.setenv("HOME", str(repo.parent))
+        prepared = commit(open_commits(repo), add=["README.md"])
+        assert prepared.author == "LUKHAS MCP <lukhas-mcp@localhost>" and "git config user.name" in prepared.warnings[0]
+
+    def test_the_operators_home_gives_author_and_ignored_files(self, repo, monkeypatch, tmp_path):
+        (tmp_path / ".gitconfig").write_text(f"[user]\n\tname = Home\n\temail = h@example.org\n[core]\n\texcludesFile = ~/ignored\n"
+                                             f"\tfsmonitor = touch {tmp_path}/ran\n")
+        (tmp_path / "ignored").write_text("new.txt\n")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        prepared = commit(open_commits(repo), stage_all=True)
+        assert prepared.author == "Home <h@example.org>" and "new.txt" not in prepared.paths and not (tmp_path / "ran").exists()
+
+    def test_variables_of_the_environment_are_no_author(self, configured, monkeypatch):
+        for name in ("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME"):
+            monkeypatch.setenv(name, "Mallory")
+        monkeypatch.setenv("GIT_INDEX_FILE", "/nowhere")
+        commit(open_commits(configured), add=["README.md"])
+        assert git(configured, "log", "-1", "--format=%an%cn").strip() == "AdaAda"
+
+    # -- programs --
+
+    @pytest.mark.parametrize("attributes, settings", [
+        ("", {"commit__gpgSign": "true", "gpg__program": "{run}"}), ("", {"core__fsmonitor": "{run}"}),
+        ("", {"core__editor": "{run}", "sequence__editor": "{run}"}), ("", {"trailer__x__command": "{run}", "trailer__x__key": "X"}),
+        ("", {"gc__auto": "1", "gc__autoPackLimit": "1"}), ("", {"hook__x__command": "{run}", "hook__x__event": "pre-commit"}),
+        ("", {"core__splitIndex": "true"}), ("docs/* merge=x\n", {"merge__x__driver": "{run}"}),
+        ("", {"i18n__commitEncoding": "latin1"}), ("", {"commit__template": "{run}", "commit__verbose": "true"})])
+    def test_GHSA_h2g3_rwxm_xfm3_committing_runs_no_program(self, configured, tmp_path, attributes, settings):
+        marker, program = tmp_path / "ran", tmp_path / "program"
+        program.write_text(f"#!/bin/sh\ntouch {marker}\n")
+        program.chmod(0o755)
+        for name in ("pre-commit", "commit-msg", "post-commit", "pre-auto-gc", "post-index-change", "reference-transaction"):
+            (configured / ".git/hooks" / name).write_text(f"#!/bin/sh\ntouch {marker}\n")
+            (configured / ".git/hooks" / name).chmod(0o755)
+        plant(configured, attributes, **{key: value.format(run=program) for key, value in settings.items()})
+        commits = open_commits(configured)
+        prepared = commit(commits, "é", add=["README.md"])
+        assert prepared.hooks == {"enabled": False, "ran": [], "skipped": ["pre-commit", "commit-msg", "post-commit"]}
+        commits.finish(commits.prepare_revert(prepared.commit, "refs/heads/main", "why"))
+        assert not marker.exists() and git(
+            configured, "-c", "i18n.logOutputEncoding=utf-8", "log", "--format=%s").splitlines()[1] == "é"
+
+    def test_a_filtered_file_is_refused_by_name_and_left_out_of_all(self, configured, tmp_path):
+        plant(configured, "*.bin filter=lfs\n*.txt filter\nsrc/* -filter\n", filter__lfs__clean=f"touch {tmp_path}/ran", filter__lfs__required="true")
+        (configured / "a.bin").write_text("x")
+        with pytest.raises(lm.PathRefused, match="filter lfs"):
+            open_commits(configured).prepare("m", add=["a.bin"])
+        prepared = commit(open_commits(configured), stage_all=True)
+        assert set(prepared.skipped) == {"a.bin", "new.txt"} and not (tmp_path / "ran").exists()
+
+    def test_hooks_run_where_the_operator_wants_it(self, configured, tmp_path):
+        hooks = {"pre-commit": f"git diff --cached --name-only > {tmp_path}/seen; echo $MY_TOOL >> {tmp_path}/seen",
+                 "commit-msg": "echo 'Checked: yes' >> $1", "post-commit": f"git log -1 --format=%H > {tmp_path}/after"}
+        for name, text in hooks.items():
+            (configured / ".git/hooks" / name).write_text(f"#!/bin/sh\n{text}\n")
+            (configured / ".git/hooks" / name).chmod(0o755)
+        os.environ["MY_TOOL"] = "here"
+        try:
+            prepared = commit(open_commits(configured, runs_hooks=True), "m", add=["README.md"])
+        finally:
+            del os.environ["MY_TOOL"]
+        assert prepared.hooks == {"enabled": True, "ran": ["pre-commit", "commit-msg", "post-commit"], "skipped": []}
+        assert (tmp_path / "seen").read_text() == "README.md\nhere\n" and (tmp_path / "after").read_text().strip() == prepared.commit
+        assert git(configured, "log", "-1", "--format=%B").strip() == "m\nChecked: yes"
+        (configured / ".git/hooks/pre-commit").write_text("#!/bin/sh\necho no way; exit 1\n")
+        (configured / "README.md").write_text("again\n")
+        with pytest.raises(lm.Conflict, match="(?s)pre-commit refused.*no way"):
+            open_commits(configured, runs_hooks=True).prepare("m", add=["README.md"])
+        assert_sound(configured)
+
+    # -- branches --
+
+    def test_a_commit_to_another_branch_leaves_the_checkout(self, configured):
+        before = short_status(configured), (configured / ".git/index").read_bytes(), git(configured, "rev-parse", "main")
+        commits = open_commits(configured)
+        first = commit(commits, "first", add=["README.md"], branch="feature/x")
+        second = commit(commits, "second", add=["new.txt", "src"], branch="feature/x")
+        assert before == (short_status(configured), (configured / ".git/index").read_bytes(), git(configured, "rev-parse", "main"))
+        assert git(configured, "rev-parse", "feature/x~1", "feature/x~2").split() == [first.commit, before[2].strip()]
+        assert second.paths == ("new.txt",) and git(configured, "show", "feature/x:new.txt") == "new\n"
+        git(configured, "branch", "-D", "feature/x")
+        assert_sound(configured)
+
+    def test_what_is_as_in_head_but_not_as_on_the_branch_is_committed_there(self, configured):
+        git(configured, "branch", "old")
+        commits = open_commits(configured)
+        commit(commits, add=["README.md"])
+        assert commit(commits, add=["README.md"], branch="old").paths == ("README.md",)
+        assert git(configured, "diff", "main", "old") == ""
+
+    def test_names_that_are_no_branch(self, configured):
+        commits = open_commits(configured)
+        for branch in ("-x", "--force", "a..b", "a b", "HEAD", "x.lock", "a//b", "/a", "@{-1}", "a~1", "ref:x", "é\n", "refs/heads/-x", ".x",
+                       "x/", "a\\b"):
+            with pytest.raises(lm.InvalidArguments, match="branch"):
+                commits.prepare("m", add=["README.md"], branch=branch)
+
+    def test_protected_branches_never_move(self, configured):
+        for pattern, branch in (("main", None), ("main", "main"), ("main", "refs/heads/main"), ("MAIN", "main"), ("release/*", "release/1"),
+                                ("release/**", "release/1/x"), ("*", "any"), ("*", "a/b"), ("{main,prod}", "prod")):
+            with pytest.raises(lm.Conflict, match="protected"):
+                open_commits(configured, pattern).prepare("m", add=["README.md"], branch=branch)
+        for pattern, branch in (("main", "feature/main"), ("release/*", "release"), ("prod", "main")):
+            assert open_commits(configured, pattern).prepare("m", add=["README.md"], branch=branch).branch == branch
+
+    def test_a_bad_pattern_stops_the_start(self, configured):
+        with pytest.raises(lm.ConfigError, match="LUKHAS_MCP_PROTECTED_BRANCHES"):
+            open_commits(configured, "a{")
+
+    def test_a_branch_of_another_work_tree_is_refused(self, configured, tmp_path):
+        git(configured, "worktree", "add", "-q", str(tmp_path / "wt"), "-b", "side")
+        with pytest.raises(lm.Conflict, match="another work tree"):
+            open_commits(configured).prepare("m", add=["README.md"], branch="side")
+        (tmp_path / "wt/README.md").write_text("there\n")
+        assert commit(open_commits(tmp_path / "wt"), add=["README.md"]).branch == "side"
+        assert git(tmp_path / "wt", "status", "--short") == ""
+
+    def test_a_detached_head_and_an_unborn_branch(self, configured, tmp_path):
+        git(configured, "checkout", "-q", "--detach")
+        assert commit(open_commits(configured, "main"), add=["README.md"]).branch is None
+        assert git(configured, "log", "-1", "--format=%s").strip() == "m" and git(configured, "log", "-1", "--format=%s", "main").strip() == "start"
+        (tmp_path / "fresh").mkdir()
+        git(tmp_path / "fresh", "init", "-q", "-b", "trunk")
+        (tmp_path / "fresh/a").write_text("a\n")
+        assert commit(open_commits(tmp_path / "fresh"), add=["."]).branch == "trunk"
+        assert git(tmp_path / "fresh", "status", "--short") == ""
+
+    # -- others at work --
+
+    def test_a_foreign_index_lock_is_named_and_left(self, configured):
+        (configured / ".git/index.lock").write_text("")
+        with pytest.raises(lm.Conflict, match="index.lock"):
+            open_commits(configured).prepare("m", add=["README.md"])
+        assert commit(open_commits(configured), add=["README.md"], branch="other").branch == "other"
+        assert (configured / ".git/index.lock").exists()
+
+    def test_a_merge_under_way_is_refused(self, configured):
+        (configured / ".git/MERGE_HEAD").write_text(git(configured, "rev-parse", "HEAD"))
+        with pytest.raises(lm.Conflict, match="a merge is under way"):
+            open_commits(configured).prepare("m", add=["README.md"])
+
+    @pytest.mark.parametrize("words", [("commit", "-qm", "between"), ("add", "new.txt"), ("checkout", "-q", "-b", "between"),
+                                       ("update-ref", "refs/heads/main", "HEAD~0")])
+    def test_whoever_comes_between_wins(self, configured, words):
+        commits = open_commits(configured)
+        prepared = commits.prepare("m", add=["README.md"])
+        git(configured, *words)
+        head, status = git(configured, "rev-parse", "main"), short_status(configured)
+        try:
+            commits.finish(prepared)
+            assert words[0] in ("update-ref", "checkout") and git(configured, "rev-parse", "main").strip() == prepared.commit
+        except lm.Conflict as conflict:
+            assert "try again" in conflict.message and (head, status) == (git(configured, "rev-parse", "main"), short_status(configured))
+        assert_sound(configured)
+
+    def test_a_locked_branch_is_a_conflict(self, configured):
+        commits = open_commits(configured)
+        prepared = commits.prepare("m", add=["README.md"])
+        (configured / ".git/refs/heads/main.lock").write_text("")
+        with pytest.raises(lm.Conflict, match="another git process holds it"):
+            commits.finish(prepared)
+        (configured / ".git/refs/heads/main.lock").unlink()
+        commits.finish(prepared)
+        assert_sound(configured)
+
+    def test_two_agents_at_once_one_waits_or_is_told(self, configured):
+        commits = open_commits(configured)
+        first, second = commits.prepare("one", add=["README.md"]), commits.prepare("two", add=["new.txt"])
+        commits.finish(first)
+        with pytest.raises(lm.Conflict, match="try again"):
+            commits.finish(second)
+        assert commit(commits, "two", add=["new.txt"]).paths == ("new.txt",)
+
+    # -- taking back --
+
+    def test_a_revert_takes_back_the_commit_and_leaves_the_files(self, configured):
+        commits = open_commits(configured)
+        (configured / "src/app.py").unlink()
+        first = commit(commits, "first", add=["README.md", "new.txt", "src"])
+        commit(commits, "second", add=["docs"])
+        back = commits.prepare_revert(first.commit, "refs/heads/main", "because")
+        commits.finish(back)
+        assert git(configured, "diff", "--name-only", "HEAD~3", "HEAD").split() == ["docs/guide.md"]
+        assert f"This reverts commit {first.commit}" in git(configured, "log", "-1", "--format=%B")
+        assert (configured / "new.txt").read_text() == "new\n" and not (configured / "src/app.py").exists()
+        assert short_status(configured) == " M README.md\n D src/app.py\n?? link\n?? new.txt\n"
+        again = commits.prepare_revert(back.commit, "refs/heads/main", "after all")
+        commits.finish(again)
+        assert short_status(configured) == "?? link\n"
+        assert_sound(configured)
+
+    def test_a_revert_is_refused_when_things_have_moved_on(self, configured):
+        commits = open_commits(configured)
+        first = commit(commits, "first", add=["README.md"])
+        (configured / "README.md").write_text("later\n")
+        later = commit(commits, "later", add=["README.md"])
+        with pytest.raises(lm.Conflict, match="README.md has been committed again"):
+            commits.prepare_revert(first.commit, "refs/heads/main", "x")
+        git(configured, "reset", "-q", "--soft", first.commit)
+        with pytest.raises(lm.Conflict, match="not on main any more"):
+            commits.prepare_revert(later.commit, "refs/heads/main", "x")
+        with pytest.raises(lm.Conflict, match="not on gone any more"):
+            commits.prepare_revert(later.commit, "refs/heads/gone", "x")
+
+    def test_a_revert_on_another_branch_and_of_a_first_commit(self, configured, tmp_path):
+        commits = open_commits(configured)
+        side = commit(commits, "side", add=["README.md"], branch="side")
+        commits.finish(commits.prepare_revert(side.commit, "refs/heads/side", "x"))
+        assert git(configured, "diff", "main", "side") == "" and short_status(configured).startswith(" M README.md")
+        (tmp_path / "fresh").mkdir()
+        git(tmp_path / "fresh", "init", "-q", "-b", "trunk")
+        (tmp_path / "fresh/a").write_text("a\n")
+        commits = open_commits(tmp_path / "fresh")
+        root = commit(commits, add=["a"])
+        commits.finish(commits.prepare_revert(root.commit, "refs/heads/trunk", "x"))
+        assert git(tmp_path / "fresh", "ls-tree", "HEAD") == "" and short_status(tmp_path / "fresh") == "?? a\n"
+
+    # -- deaths --
+
+    @pytest.mark.parametrize("moment", ["before", "locked", "moved", "done"])
+    def test_what_a_death_leaves_is_decided(self, configured, moment):
+        commits = open_commits(configured)
+        prepared = commits.prepare("m", add=["README.md"])
+        old, lock = git(configured, "rev-parse", "HEAD").strip(), configured / ".git/index.lock"
+        if moment in ("locked", "moved"):
+            (configured / ".git" / prepared.index.name).write_bytes(prepared.index.content)
+            os.link(configured / ".git" / prepared.index.name, lock)
+        if moment == "moved":
+            git(configured, "update-ref", "refs/heads/main", prepared.commit, old)
+        if moment == "done":
+            commits.finish(prepared)
+        is_there = moment in ("moved", "done")
+        assert commits.decide(json.loads(json.dumps(prepared.to_details()))) == ("new" if is_there else "old")
+        assert git(configured, "rev-parse", "HEAD").strip() == (prepared.commit if is_there else old)
+        assert short_status(configured) == ("" if is_there else " M README.md\n") + "M  docs/guide.md\n?? link\n?? new.txt\n"
+        assert_sound(configured)
+
+    def test_a_kill_leaves_the_branch_old_or_new(self, configured):
+        state = configured.parent / "state"
+        state.mkdir()
+        commits = open_commits(configured)
+        between = 0
+        for number in range(KILLS):
+            process = subprocess.Popen([sys.executable, "-c", COMMITTER, str(configured), str(state)], cwd=HERE, stdout=subprocess.PIPE,
+                                       stderr=subprocess.PIPE)
+            details = json.loads(process.stdout.readline())
+            time.sleep((number % 16) * 0.002)  # not in place of a condition: the moment of the kill
+            process.kill()
+            rest, errors = process.communicate()
+            assert not errors, errors
+            details = json.loads(rest.splitlines()[-1]) if rest.strip() and rest.endswith(b"\n") else details
+            wait_until(lambda: not (configured / ".git/refs/heads/main.lock").exists(), 5)  # git itself finishes
+            commits.sweep()
+            outcome = commits.decide(details)
+            head = git(configured, "rev-parse", "HEAD").strip()
+            between += head == details["old"] or outcome == "new"
+            assert (outcome == "new") == (head == details["commit"]), (outcome, head, details)
+            assert "docs/guide.md" in git(configured, "diff", "--cached", "--name-only") and "README.md" not in git(
+                configured, "diff", "--cached", "--name-only")
+            assert_sound(configured)
+        assert between
+
+
+# ==============================================================================
+# 50. Corpus -- which files there are to be found, and what they hold
+# uses: Front, Fakes
+# ==============================================================================
+
+IGNORED = "*.log\nbuild/\n/only-top.txt\n!keep.log\ndocs/*.tmp\n**/deep/x.txt\n# a comment\n\nspace name\n"
+TREE = ("a.py", "a.log", "keep.log", "build/out.txt", "sub/build/out.txt", "only-top.txt", "sub/only-top.txt",
+        "docs/a.tmp", "docs/sub/a.tmp", "docs/guide.md", "p/deep/x.txt", "p/deep/y.txt", "space name", "sub/build.txt")
+
+
+def open_corpus(repo: pathlib.Path, *own_files: str) -> lm.Corpus:
+    """The corpus of a folder."""
+    root = lm.Root(str(repo))
+    return lm.Corpus(root, lm.Git(root, lm.SystemClock()), own_files)
+
+
+def put_files(repo: pathlib.Path, **texts: str | bytes) -> None:
+    """Write files; `__` in a name is a slash."""
+    for name, text in texts.items():
+        path = repo / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def documents(corpus: lm.Corpus) -> set[str]:
+    """The paths that are documents."""
+    return {path for path, _, _ in corpus.look(corpus.list_paths()) if corpus.read(path)}
+
+
+class TestCorpus:
+    def test_tracked_and_new_files_are_listed_and_ignored_ones_are_not(self, tmp_path):
+        repo = make_repository(tmp_path)
+        put_files(repo, **{".gitignore": "*.log\n", "new.txt": "n", "a.log": "l"})
+        (repo / "README.md").unlink()
+        assert documents(open_corpus(repo)) == {".gitignore", "docs/guide.md", "new.txt", "src/app.py"}
+
+    def test_without_git_a_walk_lists_what_git_would(self, tmp_path, monkeypatch):
+        for name in (*TREE, "node_modules/x.js", ".venv/lib/y.py"):
+            put_files(tmp_path / "repo", **{name: "x"})
+        put_files(tmp_path / "repo", **{".gitignore": IGNORED, "sub/.gitignore": "local.txt\n", "sub/local.txt": "x", "local.txt": "x"})
+        corpus = open_corpus(tmp_path / "repo")
+        walked = set(corpus.list_paths())
+        git(tmp_path / "repo", "init", "--quiet")
+        by_git = set(git(tmp_path / "repo", "ls-files", "-co", "--exclude-standard").splitlines())
+        skipped = {"node_modules/x.js", ".venv/lib/y.py"}
+        assert walked == by_git - skipped
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert set(corpus.list_paths()) == walked, "a checkout on a machine without git"
+
+    @pytest.mark.parametrize("commit", [False, True])
+    def test_an_empty_repository_and_one_without_a_commit(self, tmp_path, commit):
+        git(tmp_path, "init", "--quiet")
+        assert open_corpus(tmp_path).list_paths() == []
+        put_files(tmp_path, **{"a.txt": "a"})
+        if commit:
+            git(tmp_path, "add", ".")
+            git(tmp_path, "commit", "--quiet", "-m", "first")
+        assert documents(open_corpus(tmp_path)) == {"a.txt"}
+
+    def test_secrets_binaries_links_and_own_files_are_no_documents(self, tmp_path):
+        repo = make_repository(tmp_path)
+        put_files(repo, **{".env": "A=1", "deploy/.env.prod": "A=1", "cert.pem": "x", "id_rsa": "x", "k/credentials.json": "{}",
+                           "image.png": b"\x89PNG\0\0", "late.bin": b"text" * 1000 + b"\0", ".mcp-state.db-wal": "w",
+                           ".mcp-tmp-1": "x", "state/index.db": "x"})
+        (repo / "loop").symlink_to(repo)
+        (repo / "alias.py").symlink_to(repo / "src/app.py")
+        os.mkfifo(repo / "pipe")
+        corpus = open_corpus(repo, str(repo / ".mcp-state.db"), str(repo / "state"))
+        assert documents(corpus) == set(FILES)
+        assert corpus.read(".env") is None and corpus.read_begin("alias.py", 10) is None
+
+    def test_names_that_are_no_utf8_are_left_out(self, tmp_path):
+        for folder in (tmp_path, make_repository(tmp_path)):
+            with open(os.fsencode(folder) + b"/bad\xff.txt", "wb") as stream:
+                stream.write(b"x")
+            assert not any("bad" in path for path in documents(open_corpus(folder)))
+
+    def test_a_long_text_is_found_by_its_path_only(self, tmp_path):
+        put_files(tmp_path, **{"long.txt": "word " * 200_000, "short.txt": "word"})
+        with open(tmp_path / "huge.bin", "wb") as stream:
+            stream.truncate(2 * 2**30)
+        corpus = open_corpus(tmp_path)
+        assert corpus.read("long.txt").text is None and corpus.read("short.txt").text == "word"
+        assert corpus.read_begin("long.txt", 10).text == "word word "
+        assert corpus.read("huge.bin") is None, "a binary, whatever its size"
+
+    @pytest.mark.parametrize("content, text", [
+        (b"\xef\xbb\xbfbom", "bom"), ("zwölf".encode("utf-16"), "zwölf"), (b"caf\xe9", "caf\ufffd"), (b"", "")])
+    def test_texts_in_their_encodings(self, tmp_path, content, text):
+        put_files(tmp_path, **{"a.txt": content})
+        assert open_corpus(tmp_path).read("a.txt").text.removeprefix("\ufeff") == text
+
+    @pytest.mark.parametrize("address, base", [
+        ("https://github.com/owner/name.git", "https://github.com/owner/name/blob/HEAD"),
+        ("https://user:secret@github.com/owner/name", "https://github.com/owner/name/blob/HEAD"),
+        ("git@github.com:owner/name.git", "https://github.com/owner/name/blob/HEAD"),
+        ("ssh://git@gitlab.com:22/group/sub/name.git", "https://gitlab.com/group/sub/name/-/blob/HEAD"),
+        ("https://git.example.org/owner/name", ""), ("/srv/git/name.git", ""), ("javascript:alert(1)", "")])
+    def test_where_the_files_of_a_checkout_can_be_looked_at(self, tmp_path, address, base):
+        git(tmp_path, "init", "--quiet")
+        git(tmp_path, "config", "remote.origin.url", address)
+        assert open_corpus(tmp_path).find_remote() == base
+
+    def test_a_hostile_configuration_runs_nothing(self, tmp_path):
+        repo = make_repository(tmp_path)
+        trap = tmp_path / "trap.sh"
+        trap.write_text(f"#!/bin/sh\ntouch {tmp_path}/sprung\n")
+        trap.chmod(0o755)
+        for key in ("core.fsmonitor", "core.pager", "core.sshCommand", "filter.x.clean", "filter.x.process"):
+            git(repo, "config", key, str(trap))
+        put_files(repo, **{".gitattributes": "* filter=x\n", "new.txt": "x"})
+        assert "new.txt" in documents(open_corpus(repo)) and not (tmp_path / "sprung").exists()
+
+
+# ==============================================================================
+# 51. Survey -- every figure can be counted again by hand
+# uses: Front, Fakes, Git
+# ==============================================================================
+
+
+SURVEYED = {
+    "pkg/__init__.py": "", "pkg/core.py": "import os\nfrom pkg.deep import thing\nimport pkg.deep\n", "pkg/deep.py": "X = 1\n",
+    "src/tool/main.py": "from tool.other import a\n", "src/tool/other.py": "a = 1",
+    "consciousness/mind.py": "import pkg.deep\n", "core/consciousness/a.go": "package a\n", "production.py": "",
+    "tests/test_a.py": "def test_one():\n    pass\n\nclass TestX:\n    def test_two(self): ...\n    async def test_three(self): ...\n"
+                       "    def helper(self): ...\n",
+    "tests/helper.py": "def test_not_counted(): ...\n", "web/a.test.ts": "it('x', () => {})\n  test.each(1)('y')\n",
+    "core/a_test.go": "func TestA(t *testing.T) {}\nfunc helper() {}\n",
+    "pyproject.toml": "[project]\ndependencies = [\n  \"fastapi>=0.100\",\n]\n[tool.pytest.ini_options]\n[tool.ruff]\n",
+    "mypy.ini": "[mypy]\n", "package.json": '{"scripts": {"build": "x", "lint": "y"}, "dependencies": {"react": "18"}}\n'.replace(', "dep', ',\n "dep'),
+    "Makefile": "CC := gcc\n.PHONY: all\nall: one two\nrelease-1: x\n\techo\n", "Dockerfile": "# base\nFROM python:3.11\n",
+    ".github/workflows/ci.yml": "on: push\njobs:\n  a: 1\n", "deploy/app.yaml": "apiVersion: v1\nkind: Service\n",
+    "deploy/values.yaml": "kind: none\n", "docker-compose.yml": "services:\n  db: {}\n",
+    ".env": "SECRET=1\n", "data.bin": "\0\1", "notes.md": "one\ntwo",
+}
+
+
+def lay_out(place):
+    """The files of SURVEYED in a folder."""
+    for name, text in SURVEYED.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+    return place
+
+
+def survey_of(place, clock=None):
+    """A Survey of a folder."""
+    clock = clock or lm.SystemClock()
+    reader = lm.Git(lm.Root(str(place)), lm.SystemClock())
+    return lm.Survey(lm.Corpus(reader.root, reader), reader, clock)
+
+
+class TestSurvey:
+    """Counted from files that are known."""
+
+    @pytest.fixture(params=["git", "plain"])
+    def place(self, request, tmp_path):
+        lay_out(tmp_path)
+        if request.param == "git":
+            git(tmp_path, "init", "-q")
+            git(tmp_path, "add", "--force", ".")
+            git(tmp_path, "commit", "-qm", "all")
+        return tmp_path
+
+    def test_what_is_counted(self, place):
+        figures = run_async(survey_of(place).figures())
+        shown = {name: text for name, text in SURVEYED.items() if name != ".env"}
+        assert figures.files == len(shown) == figures.read and figures.size == sum(len(text) for text in shown.values())
+        assert figures.lines == sum(len(text.splitlines()) for name, text in shown.items() if name != "data.bin")
+        assert figures.tests == 6 and figures.is_complete
+        assert figures.languages["Python"] == [9, sum(len(text.splitlines()) for name, text in shown.items() if name.endswith(".py"))]
+        assert len(figures.sources) == 12 and figures.count_with_part("consciousness") == 2 and figures.count_with_part("production") == 1
+        assert figures.most_imported() == [{"path": "pkg/deep.py", "imports": 3}, {"path": "src/tool/other.py", "imports": 1}]
+        assert figures.largest[0][1] == max(shown, key=lambda name: len(shown[name]))
+        assert figures.commit == (git(place, "rev-parse", "HEAD").strip() if (place / ".git").exists() else None)
+
+    def test_what_is_seen_has_its_place(self, place):
+        figures = run_async(survey_of(place).figures())
+        seen = {(one.name, one.path, one.line) for one in figures.about("infrastructure")}
+        assert seen == {("Dockerfile", "Dockerfile", 2), ("GitHub workflow", ".github/workflows/ci.yml", 2),
+                        ("Kubernetes manifest", "deploy/app.yaml", 2), ("Compose file", "docker-compose.yml", 1)}
+        for one in figures.evidence:
+            assert SURVEYED[one.path].split("\n")[one.line - 1].strip().endswith(one.text)
+        assert figures.names("testing") == "pytest, go test" or set(figures.names("testing").split(", ")) == {"pytest", "go test"}
+        assert (figures.names("linting"), figures.names("typing")) == ("ruff", "mypy")
+        assert set(figures.names("framework").split(", ")) == {"fastapi", "react"}
+        assert figures.utilities == ["make all", "make release-1", "npm run build", "npm run lint"]
+
+    def test_an_empty_folder_has_figures_too(self, tmp_path):
+        figures = run_async(survey_of(tmp_path).figures())
+        assert (figures.files, figures.tests, figures.names("testing"), figures.evidence) == (0, 0, None, [])
+
+    def test_one_count_for_all_who_ask_and_for_half_a_minute(self, tmp_path):
+        lay_out(tmp_path)
+        clock = FakeClock()
+
+        async def story():
+            survey = survey_of(tmp_path, clock)
+            first, second = await asyncio.gather(survey.figures(), survey.figures())
+            (tmp_path / "more.py").write_text("x\n")
+            clock.passed_s += 29
+            assert first is second and await survey.figures() is first
+            clock.passed_s += 2
+            assert (await survey.figures()).files == first.files + 1
+        run_async(story())
+
+    def test_a_count_that_takes_too_long_is_cut_and_says_so(self, tmp_path):
+        lay_out(tmp_path)
+
+        class LateClock(FakeClock):
+            def monotonic_s(self):
+                self.passed_s += 0.5
+                return self.passed_s
+
+        figures = run_async(survey_of(tmp_path, LateClock()).figures())
+        assert not figures.is_complete and 0 < figures.read < figures.files == len(SURVEYED) - 1
+        assert figures.to_wire()["complete"] is False and figures.to_wire()["filesRead"] == figures.read
+
+
+# ==============================================================================
+# 52. Index -- the full-text index: one SQLite file that can be made again at any time
+# uses: Front, Fakes, Corpus
+# ==============================================================================
+
+SOURCES = {"src/limits.py": 'class RateLimiter:\n    """Takes tokens from a bucket."""\n\n    def spend(self):\n        pass\n',
+           "docs/guide.md": "# Guide\n\nHow to canary a model.\n\n## Rollback\n\nIt goes back.\n",
+           "cmd/main.go": "package main\n\nfunc (s *Server) Serve() {}\n\ntype Broker struct {}\n",
+           "web/app.js": "export function drawChart(x) {}\nconst palette = [];\n"}
+
+
+def open_index(repo: pathlib.Path, folder: pathlib.Path, told: list | None = None) -> lm.IndexWriter:
+    """A writer with an index of the folder."""
+    folder.mkdir(exist_ok=True)
+    told = [] if told is None else told
+    writer = lm.IndexWriter(open_corpus(repo), str(folder), lambda *row: told.append(row), lm.SystemClock())
+    assert writer.try_build()
+    return writer
+
+
+def paths_of(writer: lm.IndexWriter, text: str) -> set[str]:
+    """The candidates for a text, read on a connection of their own."""
+    with contextlib.closing(lm.IndexReader(writer.path)) as reader:
+        return {one.path for one in reader.find(lm.parse_query(text)).found}
+
+
+def backdate(repo: pathlib.Path, seconds: float = 10.0) -> None:
+    """Make every file older, so that its time of change is believed."""
+    for path in repo.rglob("*"):
+        if path.is_file() and ".git" not in path.parts:
+            status = path.stat()
+            os.utime(path, (status.st_atime - seconds, status.st_mtime - seconds))
+
+
+class TestIndex:
+    @pytest.fixture
+    def repo(self, tmp_path):
+        (tmp_path / "repo").mkdir()
+        put_files(tmp_path / "repo", **SOURCES)
+        backdate(tmp_path / "repo")
+        return tmp_path / "repo"
+
+    @pytest.mark.parametrize("text, path", [
+        ("tokens bucket", "src/limits.py"), ("RateLimiter", "src/limits.py"), ("rate limiter", "src/limits.py"),
+        ("rollback", "docs/guide.md"), ("Serve", "cmd/main.go"), ("draw chart", "web/app.js"), ("limits.py", "src/limits.py"),
+        ("docs/gui", "docs/guide.md"), ("buck", "src/limits.py"), ("bucket zebra", "src/limits.py")])
+    def test_files_are_found_by_words_names_and_parts_of_paths(self, repo, tmp_path, text, path):
+        assert path in paths_of(open_index(repo, tmp_path / "state"), text)
+
+    def test_nothing_is_found_for_words_that_nothing_has(self, repo, tmp_path):
+        assert paths_of(open_index(repo, tmp_path / "state"), "zzzz-nothing") == set()
+
+    @pytest.mark.parametrize("path, text, names", [
+        ("a.py", "class A:\n  async def b_c(self): pass\nLIMIT: int = 3\nx == 2\n", {"A": 1, "b_c": 2, "LIMIT": 3}),
+        ("a.go", "func (s *S) Serve() {}\ntype B struct{}\n", {"Serve": 1, "B": 2}),
+        ("a.rs", "pub(crate) fn run() {}\nimpl Thing {}\n", {"run": 1, "Thing": 2}),
+        ("a.ts", "export default class Foo {}\ninterface Bar {}\n", {"Foo": 1, "Bar": 2}),
+        ("a.sh", "start() {\n}\n", {"start": 1}), ("a.json", '{"def x": 1}', {}), ("Makefile", "all:\n", {})])
+    def test_the_names_that_code_defines(self, path, text, names):
+        assert lm.describe_text(path, text) == ("", names)
+
+    def test_the_headings_of_prose(self):
+        assert lm.describe_text("a.md", "# One\n\ntext\n\n## Two\n")[0] == "One Two"
+        assert lm.describe_text("a.rst", "Title\n=====\n\ntext\n")[0] == "Title"
+
+    def test_own_names_give_the_line(self, repo, tmp_path):
+        with contextlib.closing(lm.IndexReader(open_index(repo, tmp_path / "state").path)) as reader:
+            found = {one.path: one for one in reader.find(lm.parse_query("spend")).found}
+        assert found["src/limits.py"].line == 4 and found["src/limits.py"].names == {"spend"}
+
+    def test_no_text_is_kept_in_the_index(self, repo, tmp_path):
+        put_files(repo, **{"a.txt": "quagga " + "lorem ipsum dolor " * 50, ".env": "TOKEN=hunter2"})
+        content = pathlib.Path(open_index(repo, tmp_path / "state").path).read_bytes()
+        assert b"quagga" in content, "as a word of the vocabulary"
+        assert b"lorem ipsum" not in content and b"hunter2" not in content
+
+    def test_what_others_change_is_found_by_a_sweep(self, repo, tmp_path):
+        writer = open_index(repo, tmp_path / "state")
+        assert writer.sweep() == 0
+        put_files(repo, **{"new.txt": "okapi", "docs/guide.md": "# Guide\n\nzebra\n"})
+        (repo / "web/app.js").unlink()
+        (repo / "cmd/main.go").rename(repo / "cmd/start.go")
+        assert writer.sweep() == 5
+        assert paths_of(writer, "okapi") == {"new.txt"} and paths_of(writer, "zebra") == {"docs/guide.md"}
+        assert paths_of(writer, "rollback") == set() and paths_of(writer, "palette") == set()
+        assert paths_of(writer, "broker") == {"cmd/start.go"} and writer.count() == 4
+        backdate(repo)
+        assert writer.sweep() == 4 and writer.sweep() == 0
+
+    def test_a_file_that_was_written_just_now_is_read_once_more(self, repo, tmp_path):
+        writer = open_index(repo, tmp_path / "state")
+        put_files(repo, **{"new.txt": "okapi"})
+        status = (repo / "new.txt").stat()
+        writer.sweep()
+        put_files(repo, **{"new.txt": "zebra"})
+        os.utime(repo / "new.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
+        writer.sweep()
+        assert paths_of(writer, "zebra") == {"new.txt"}
+
+    def test_one_path_is_brought_up_to_date_without_a_sweep(self, repo, tmp_path):
+        writer = open_index(repo, tmp_path / "state")
+        put_files(repo, **{"new.txt": "okapi", "other.txt": "zebra"})
+        (repo / "web/app.js").unlink()
+        assert writer.refresh(["new.txt", "web/app.js", "never.txt", ".env"]) == 2
+        assert paths_of(writer, "okapi") == {"new.txt"} and paths_of(writer, "zebra") == set()
+        assert paths_of(writer, "palette") == set()
+
+    def test_secrets_and_binaries_do_not_come_in_by_a_sweep_either(self, repo, tmp_path):
+        writer = open_index(repo, tmp_path / "state")
+        put_files(repo, **{".env": "hunter2", "photo.bin": b"okapi\0"})
+        writer.refresh([".env", "photo.bin"])
+        writer.sweep()
+        assert paths_of(writer, "hunter2") == paths_of(writer, "okapi") == paths_of(writer, "photo.bin") == set()
+        backdate(repo)
+        writer.sweep()
+        assert writer.sweep() == 0, "what is no document is remembered as that"
+
+    def test_an_index_is_worn_when_a_tenth_is_dead(self, repo, tmp_path):
+        writer = open_index(repo, tmp_path / "state")
+        for number in range(201):
+            put_files(repo, **{"a.txt": "x" * number})
+            assert not writer.is_worn
+            writer.refresh(["a.txt"])
+        put_files(repo, **{"a.txt": "okapi"})
+        writer.refresh(["a.txt"])
+        old = writer.path
+        assert writer.is_worn and writer.try_build() and not writer.is_worn
+        assert writer.path != old and paths_of(writer, "okapi") == {"a.txt"}
+        assert [name for name in os.listdir(tmp_path / "state") if name.endswith(".db")] == [os.path.basename(writer.path)]
+
+    def test_an_index_is_taken_up_again_and_belongs_to_one_root(self, repo, tmp_path):
+        first = open_index(repo, tmp_path / "state")
+        again = lm.IndexWriter(open_corpus(repo), str(tmp_path / "state"), print, lm.SystemClock())
+        assert again.open() and again.path == first.path and again.sweep() == 0
+        other = lm.IndexWriter(open_corpus(repo / "docs"), str(tmp_path / "state"), print, lm.SystemClock())
+        assert not other.open()
+        assert lm.find_index(str(tmp_path / "none"), str(repo)) is None
+
+    def test_one_process_builds_at_a_time_and_clears_up_after_a_killed_one(self, repo, tmp_path):
+        writer = open_index(repo, tmp_path / "state")
+        lock = next((tmp_path / "state").glob("*-lock"))
+        left = tmp_path / "state" / (os.path.basename(writer.path)[:-len("00000000.db")] + "11111111.part")
+        left.write_bytes(b"half")
+        with open(lock, "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            assert not writer.try_build()
+        assert writer.try_build() and not left.exists()
+
+    @pytest.mark.parametrize("damage", [b"no database at all" * 100, b""], ids=["another file", "empty"])
+    def test_a_damaged_index_is_said_to_be_one_and_made_anew(self, repo, tmp_path, damage):
+        writer = open_index(repo, tmp_path / "state")
+        path = pathlib.Path(writer.path)
+        writer.forget()
+        path.write_bytes(damage)
+        with pytest.raises(lm.Unavailable, match="the index can.t be"), contextlib.closing(lm.IndexReader(str(path))) as reader:
+            reader.find(lm.parse_query("guide"))
+        assert writer.try_build() and "docs/guide.md" in paths_of(writer, "guide")
+
+    def test_progress_is_told(self, repo, tmp_path):
+        told: list[tuple[int, int]] = []
+        open_index(repo, tmp_path / "state", told)
+        assert told[0] == (0, 4)
+
+    def test_a_hundred_thousand_paths_are_listed_and_searched(self, tmp_path):
+        paths = lm.PathList(f"pkg{number % 997}/mod{number}/file_{number}.py" for number in range(100_000))
+        assert paths.containing("mod77777/file_77777.py", 5) == ["pkg11/mod77777/file_77777.py"]
+        assert paths.matching(lm.parse_query("file 77777"), 10)[0].path == "pkg11/mod77777/file_77777.py"
+
+
+# ==============================================================================
+# 53. Finder -- searching: the index read here, made and kept fresh by a process of its own
+# uses: Front, Fakes, Corpus, Index
+# ==============================================================================
+
+
+@contextlib.asynccontextmanager
+async def open_finder(repo: pathlib.Path, folder: pathlib.Path, *, is_started: bool = True):
+    """A finder with a real indexer; all of them share one compiled program."""
+    folder.mkdir(exist_ok=True)
+    compiled = folder.parent.parent / "compiled"
+    compiled.mkdir(exist_ok=True)
+    if not (folder / "compiled").exists():
+        (folder / "compiled").symlink_to(compiled)
+    finder = lm.Finder(open_corpus(repo), str(folder), lm.SystemClock())
+    if is_started:
+        await finder.start()
+    try:
+        yield finder
+    finally:
+        await finder.stop()
+
+
+async def found_paths(finder: lm.Finder, text: str, limit: int = 10) -> list[str]:
+    """The paths of the hits."""
+    return [hit.path for hit in (await finder.find(text, limit))[0]]
+
+
+async def until(condition, timeout_s: float = 15.0):
+    """Wait until a condition holds, which may be a coroutine function."""
+    async with asyncio.timeout(timeout_s):
+        while not (answer := await condition() if asyncio.iscoroutinefunction(condition) else condition()):
+            await asyncio.sleep(0.02)
+        return answer
+
+
+def is_alive(process_id: int) -> bool:
+    """Whether a process runs and is no zombie."""
+    try:
+        state = pathlib.Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+class TestFinder:
+    @pytest.fixture
+    def repo(self, tmp_path):
+        (tmp_path / "repo").mkdir()
+        put_files(tmp_path / "repo", **SOURCES)
+        return tmp_path / "repo"
+
+    def test_an_index_is_made_and_taken_up_again(self, repo, tmp_path):
+        async def main():
+            async with open_finder(repo, tmp_path / "state") as finder:
+                assert finder.state.state == "building"
+                await until(lambda: finder.state.state == "ready")
+                assert finder.state.to_wire() == {"state": "ready", "files": 4, "done": 4}
+                hit = (await finder.find("tokens bucket", 5))[0][0]
+                assert (hit.path, hit.line) == ("src/limits.py", 2) and "Takes tokens" in hit.snippet
+            async with open_finder(repo, tmp_path / "state") as finder:
+                assert finder.state.state == "ready", "before the indexer says a word"
+                assert await found_paths(finder, "rollback") == ["docs/guide.md"]
+        run_async(main(), 40)
+        assert sorted(path.suffix for path in (tmp_path / "state").iterdir()) == ["", "", ".db"], "the lock, the compiled program, the index"
+
+    def test_own_writes_are_found_by_the_next_search_with_and_without_an_index(self, repo, tmp_path):
+        async def main():
+            async with open_finder(repo, tmp_path / "state") as finder:
+                for number, word in enumerate(("okapi", "zebra", "quagga", "gnu")):
+                    put_files(repo, **{"new.txt": f"a {word} here", "docs/guide.md": f"# {word} class\n"})
+                    finder.note_change("new.txt", "docs/guide.md")
+                    assert set(await found_paths(finder, word)) == {"new.txt", "docs/guide.md"}, word
+                    if number == 1:
+                        await until(lambda: finder.state.state == "ready")
+                (repo / "new.txt").unlink()
+                finder.note_change("new.txt")
+                assert await found_paths(finder, "gnu") == ["docs/guide.md"]
+                assert await found_paths(finder, "okapi") == []
+        run_async(main(), 40)
+
+    def test_changes_of_others_are_found_within_five_seconds(self, repo, tmp_path):
+        async def main():
+            async with open_finder(repo, tmp_path / "state") as finder:
+                await until(lambda: finder.state.state == "ready")
+                assert await found_paths(finder, "okapi") == []
+                put_files(repo, **{"new.txt": "an okapi", "docs/guide.md": "# okapi\n"})
+                (repo / "web/app.js").unlink()
+                begun_s = asyncio.get_running_loop().time()
+
+                async def is_seen():
+                    return set(await found_paths(finder, "okapi")) == {"new.txt", "docs/guide.md"}
+                await until(is_seen)
+                assert asyncio.get_running_loop().time() - begun_s < 5
+                assert await found_paths(finder, "palette") == [], "a file that is gone is no hit"
+        run_async(main(), 40)
+
+    def test_a_search_after_a_pause_waits_for_a_sweep(self, repo, tmp_path):
+        async def main():
+            async with open_finder(repo, tmp_path / "state") as finder:
+                await until(lambda: finder.state.state == "ready")
+                put_files(repo, **{"new.txt": "an okapi"})
+                assert await found_paths(finder, "okapi") == ["new.txt"], "nobody has searched before"
+        run_async(main(), 40)
+
+    def test_a_killed_indexer_is_started_again(self, repo, tmp_path):
+        async def main():
+            async with open_finder(repo, tmp_path / "state") as finder:
+                await until(lambda: finder.state.state == "ready" and finder.process_id)
+                first = finder.process_id
+                os.kill(first, signal.SIGKILL)
+                await until(lambda: finder.process_id not in (0, first))
+                assert await found_paths(finder, "rollback") == ["docs/guide.md"]
+                put_files(repo, **{"new.txt": "an okapi"})
+
+                async def is_seen():
+                    return await found_paths(finder, "okapi") == ["new.txt"]
+                await until(is_seen)
+        run_async(main(), 40)
+
+    def test_a_damaged_index_is_made_anew_under_way(self, repo, tmp_path):
+        async def main():
+            open_index(repo, tmp_path / "state")
+            damaged = next((tmp_path / "state").glob("*.db"))
+            damaged.write_bytes(b"no database" * 1000)
+            async with open_finder(repo, tmp_path / "state") as finder:
+                assert await found_paths(finder, "rollback") == ["docs/guide.md"], "read from the files"
+                await until(lambda: finder.state.state == "ready" and lm.find_index(str(tmp_path / "state"), str(repo))
+                            not in (None, str(damaged)))
+
+                async def is_seen():
+                    return await found_paths(finder, "rollback") == ["docs/guide.md"] and finder.state.state == "ready"
+                await until(is_seen)
+            assert not damaged.exists()
+        run_async(main(), 40)
+
+    def test_without_an_index_the_paths_of_a_large_repository_are_searched(self, tmp_path):
+        put_files(tmp_path / "repo", **{f"src/part{number}.txt": "okapi" for number in range(401)})
+
+        async def main():
+            async with open_finder(tmp_path / "repo", tmp_path / "state", is_started=False) as finder:
+                hits, is_whole = await finder.find("part77", 5)
+                assert hits[0].path == "src/part77.txt" and hits[0].snippet == "okapi" and not is_whole
+                assert (await finder.find("okapi", 5))[0] == [] and finder.state.state == "building"
+        run_async(main())
+
+    def test_an_indexer_that_cannot_start_is_told_and_searching_goes_on(self, repo, tmp_path):
+        async def main():
+            finder = lm.Finder(open_corpus(repo), str(tmp_path / "missing" / "folder"), lm.SystemClock())
+            await finder.start()
+            await until(lambda: finder.state.state == "off")
+            assert "can't be started" in finder.state.reason
+            assert await found_paths(finder, "rollback") == ["docs/guide.md"]
+            await finder.stop()
+        run_async(main())
+
+    def test_an_sqlite_without_fts5_is_told_with_the_cure(self, repo, tmp_path, monkeypatch):
+        monkeypatch.setattr(lm, "has_fts5", lambda: False)
+        setup = {"root": str(repo), "folder": str(tmp_path), "own": [], "closed": []}
+        reports = io.BytesIO()
+        assert lm.run_indexer(io.BytesIO(json.dumps(setup).encode() + b"\n"), reports, lm.SystemClock()) == 0
+        report = json.loads(reports.getvalue())
+        assert report["state"] == "off" and report["final"] and "FTS5" in report["reason"] and "Python" in report["reason"]
+
+        async def main():
+            async with open_finder(repo, tmp_path / "state", is_started=False) as finder:
+                finder._hear(report, "")
+                assert finder.state.state == "off" and await found_paths(finder, "rollback") == ["docs/guide.md"]
+        run_async(main())
+
+    def test_the_indexer_without_orders_ends(self):
+        assert lm.run_indexer(io.BytesIO(b""), io.BytesIO(), lm.SystemClock()) == 0
+
+    @pytest.mark.parametrize("end", ["stop", "kill"])
+    def test_the_indexer_ends_with_the_server_and_leaves_nothing(self, make_server, tmp_path, end):
+        put_files(tmp_path / "repo", **{f"src/part{number}.txt": f"okapi {number} " * 500 for number in range(2500)})
+        server = make_server(folder=tmp_path)
+        children = wait_until(lambda: indexers_of(server.process.pid), 10, "an indexer")
+        wait_until(lambda: list((tmp_path / "state").rglob("*.part")) or list((tmp_path / "state").rglob("index-*.db")))
+        getattr(server, end)()
+        wait_until(lambda: not any(map(is_alive, children)), 5, "the end of the indexer")
+        assert not list((tmp_path / "state").rglob("*.part"))
+
+
+def indexers_of(process_id: int) -> list[int]:
+    """The indexers among the children of a process."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == process_id and b"_index" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return found
+
+
+# ==============================================================================
+# 54. Metrics -- the text that Prometheus reads
+# uses: Front
+# ==============================================================================
+
+
+METRIC_LINE = re.compile(r'([a-z_]+)(\{[a-z_]+="[^"\n]*"(?:,[a-z_]+="[^"\n]*")*\})? (-?[0-9.e+-]+)')
+
+
+def read_metrics(text: str) -> dict[str, float]:
+    """The series of a text in the exposition format; every line must belong to a family that was declared."""
+    assert text.endswith("\n")
+    series, kinds = {}, {}
+    for line in text.splitlines():
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split(" ")
+            assert name not in kinds, f"{name} declared twice"
+            kinds[name] = kind
+        elif not line.startswith("# HELP "):
+            match = METRIC_LINE.fullmatch(line)
+            assert match, line
+            family = re.sub("_(bucket|sum|count)$", "", match[1])
+            assert match[1] in kinds or kinds.get(family) == "histogram", line
+            assert match[1] + (match[2] or "") not in series, f"twice: {line}"
+            series[match[1] + (match[2] or "")] = float(match[3])
+    return series
+
+
+class TestMetrics:
+    """Counters and histograms."""
+
+    def test_requests(self):
+        metrics = lm.Metrics()
+        for duration_s in (0.0, 0.005, 0.0051, 3, 99):
+            metrics.observe_request("/mcp", "POST", 200, duration_s)
+        metrics.observe_request("/mcp", "POST", 401, 0.1)
+        metrics.add("lukhas_tool_calls_total", 'tool="why",outcome="ok"')
+        series = read_metrics(metrics.render({"lukhas_jobs": ("Jobs.", {'status="queued"': 2, 'status="running"': 0})}))
+        assert series['http_requests_total{route="/mcp",method="POST",status="200"}'] == 5
+        assert series['http_requests_total{route="/mcp",method="POST",status="401"}'] == 1
+        bucket = 'http_request_duration_seconds_bucket{route="/mcp",method="POST",le="%s"}'
+        assert [series[bucket % le] for le in ("0.005", "0.01", "2.5", "5.0", "10.0", "+Inf")] == [2, 3, 4, 5, 5, 6]
+        assert series['http_request_duration_seconds_count{route="/mcp",method="POST"}'] == 6
+        assert abs(series['http_request_duration_seconds_sum{route="/mcp",method="POST"}'] - 102.1101) < 1e-3
+        assert series['lukhas_jobs{status="queued"}'] == 2 and series['lukhas_tool_calls_total{tool="why",outcome="ok"}'] == 1
+
+    def test_large_counts_stay_exact(self):
+        metrics = lm.Metrics()
+        metrics.add("lukhas_tool_calls_total", 'tool="why",outcome="ok"', 12_345_678)
+        series = read_metrics(metrics.render({"lukhas_events_total": ("Events.", {"": 123_456_789})}))
+        assert series['lukhas_tool_calls_total{tool="why",outcome="ok"}'] == 12_345_678
+        assert series["lukhas_events_total"] == 123_456_789
+
+    def test_an_empty_page_is_a_page(self):
+        assert read_metrics(lm.Metrics().render({})) == {}
+
+
+# ==============================================================================
+# 55. Exchange -- what is said to a client before the answer, and what it says back
+# uses: Front, Fakes
+# ==============================================================================
+
+
+ASKED_NAME = {"method": "elicitation/create", "params": {"message": "?", "requestedSchema": lm.shape(("name",), name=lm.string())}}
+ASKED_ROOTS = {"method": "roots/list", "params": {}}
+ASKED_MODEL = {"method": "sampling/createMessage", "params": {"messages": [], "maxTokens": 1}}
+NAMED = {"action": "accept", "content": {"name": "Ada"}}
+
+
+def drain_outlet(outlet: lm.Outlet) -> list[dict[str, Any]]:
+    """All messages that wait."""
+    return run_async(outlet.take()) if outlet.waiting else []
+
+
+class TestExchange:
+    """Progress only grows, log lines by level, questions by era, a state that nobody else can make."""
+
+    def test_an_outlet_keeps_the_order_and_the_newest_of_a_subject(self):
+        outlet = lm.Outlet()
+        for number in range(3):
+            outlet.send({"n": number})
+            outlet.send({"about": number}, "x")
+        outlet.end({"last": True})
+        outlet.send({"late": True})
+        assert drain_outlet(outlet) == [{"n": 0}, {"about": 2}, {"n": 1}, {"n": 2}, {"last": True}]
+        assert run_async(outlet.take()) == []
+
+    def test_a_closed_outlet_tells_its_maker_and_holds_nothing(self):
+        outlet, told = lm.Outlet(), []
+        outlet.on_close = lambda: told.append(True)
+        outlet.send({})
+        outlet.close()
+        outlet.send({})
+        assert told == [True] and outlet.waiting == 0
+
+    def test_a_reader_waits_for_the_first_message_or_the_end(self):
+        async def scene() -> tuple[Any, Any]:
+            outlet = lm.Outlet()
+            reading = asyncio.create_task(outlet.take())
+            await asyncio.sleep(0)
+            assert not reading.done()
+            outlet.send({"a": 1})
+            first = await reading
+            ending = asyncio.create_task(outlet.take())
+            await asyncio.sleep(0)
+            outlet.end()
+            return first, await ending
+        assert run_async(scene()) == ([{"a": 1}], [])
+
+    def test_progress_only_grows(self):
+        client = lm.LiveExchange(lm.Outlet(), {}, "t", None)
+        for done in (0, 0, 2, 1, 2, 5):
+            client.progress(done, 5, f"{done} of 5")
+        told = [message["params"] for message in drain_outlet(client.outlet)]
+        assert told == [{"progressToken": "t", "progress": done, "total": 5, "message": f"{done} of 5"} for done in (0, 2, 5)]
+
+    @pytest.mark.parametrize(("wanted", "heard"), [
+        (None, []), ("debug", ["debug", "info", "error"]), ("info", ["info", "error"]), ("error", ["error"]), ("alert", [])])
+    def test_log_lines_by_level(self, wanted, heard):
+        client = lm.LiveExchange(lm.Outlet(), {}, None, wanted)
+        for level in ("debug", "info", "error"):
+            client.log(level, "x")
+        client.progress(1)
+        assert [message["params"]["level"] for message in drain_outlet(client.outlet)] == heard
+
+    @pytest.mark.parametrize(("capabilities", "kind", "can"), [
+        ({}, "elicitation", False), ({"elicitation": {}}, "elicitation", True), ({"elicitation": {"form": {}}}, "elicitation", True),
+        ({"elicitation": {"url": {}}}, "elicitation", False), ({"elicitation": {"url": {}, "form": {}}}, "elicitation", True),
+        ({"elicitation": None}, "elicitation", False), ({"elicitation": True}, "elicitation", False),
+        ({"sampling": {}}, "sampling", True), ({"sampling": {}}, "roots", False), ({"roots": {"listChanged": True}}, "roots", True)])
+    def test_what_a_client_can_do(self, capabilities, kind, can):
+        assert lm.LiveExchange(lm.Outlet(), capabilities, None, None).can(kind) is can
+        modern = lm.ModernExchange(None, capabilities, None, None, {})
+        assert modern.can(kind) is can
+        if not can:
+            with pytest.raises(lm.MissingCapability) as caught:
+                modern.require(kind)
+            assert caught.value.data == {"requiredCapabilities": {kind: {}}}
+
+    def test_the_silent_client_hears_and_answers_nothing(self):
+        lm.SILENT.progress(1)
+        lm.SILENT.log("error", "x")
+        with pytest.raises(lm.Unavailable, match="elicitation"):
+            run_async(lm.SILENT.ask({"k": ASKED_NAME}))
+
+    @pytest.mark.parametrize(("request_", "answer", "is_proper"), [
+        (ASKED_NAME, NAMED, True), (ASKED_NAME, {"action": "decline"}, True), (ASKED_NAME, {"action": "cancel"}, True),
+        (ASKED_NAME, {"action": "accept"}, False), (ASKED_NAME, {"action": "accept", "content": {}}, False),
+        (ASKED_NAME, {"action": "accept", "content": {"name": True}}, False), (ASKED_NAME, {"action": "yes"}, False),
+        (ASKED_NAME, None, False), (ASKED_NAME, 12345, False), (ASKED_NAME, [], False), (ASKED_NAME, {}, False),
+        (ASKED_ROOTS, {"roots": []}, True), (ASKED_ROOTS, {"roots": {}}, False), (ASKED_ROOTS, {}, False),
+        (ASKED_MODEL, {"role": "assistant", "content": {"type": "text", "text": "x"}}, True), (ASKED_MODEL, {"role": "x"}, False)])
+    def test_a_proper_answer(self, request_, answer, is_proper):
+        assert (lm.find_answer_fault(request_, answer) == "") is is_proper
+
+    def test_a_modern_client_is_asked_by_the_answer(self):
+        capabilities = {"elicitation": {}, "roots": {}}
+        questions = {"who": ASKED_NAME, "where": ASKED_ROOTS}
+        client = lm.ModernExchange(None, capabilities, None, None, {"who": NAMED, "where": 5, "other": {}})
+        with pytest.raises(lm.InputRequired) as caught:
+            run_async(client.ask(questions))
+        assert caught.value.requests == {"where": ASKED_ROOTS} and client.used == {"who": NAMED}
+        client = lm.ModernExchange(None, capabilities, None, None, {"who": NAMED, "where": {"roots": []}})
+        assert run_async(client.ask(questions)) == {"who": NAMED, "where": {"roots": []}}
+        with pytest.raises(lm.MissingCapability):
+            run_async(lm.ModernExchange(None, {"roots": {}}, None, None, {}).ask(questions))
+
+    @pytest.mark.parametrize("is_early", [True, False])
+    def test_cancelling_ends_a_wait_and_no_deed(self, is_early):
+        async def scene() -> list[str]:
+            client, told, gate = lm.LiveExchange(lm.Outlet(), {}, "t", None), [], asyncio.Event()
+
+            async def handler() -> None:
+                await gate.wait()  # a deed, which must be done whole
+                told.append("done")
+                with client.interruptible():
+                    told.append("waits")
+                    await asyncio.Event().wait()
+            task = asyncio.create_task(handler())
+            await asyncio.sleep(0)
+            if is_early:
+                client.cancel()
+            gate.set()
+            await asyncio.wait([task], timeout=0.05)
+            client.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return told
+        assert run_async(scene()) == (["done"] if is_early else ["done", "waits"])
+
+    def test_a_seal_opens_what_it_closed_and_nothing_else(self):
+        seal, call = lm.Seal(), ["tools/call", "x", None, {"a": 1, "b": 2}]
+        state = seal.close("ada", call, {"k": NAMED}, 100.0)
+        assert seal.open(state, "ada", ["tools/call", "x", None, {"b": 2, "a": 1}], 150.0) == {"k": NAMED}
+        for broken in (state + "x", state[:-1], "x" + state, "", None, 5, [state], "a.b", "é.é", state.replace(".", "", 1),
+                       state + "-TAMPERED", "x" * 100_000):
+            with pytest.raises(lm.InvalidParams, match="not what this server gave out"):
+                seal.open(broken, "ada", call, 150.0)
+        for who, other, now_s in (("eve", call, 150.0), ("ada", ["tools/call", "y", None, {}], 150.0), ("ada", call, 1000.0)):
+            with pytest.raises(lm.InvalidParams):
+                seal.open(state, who, other, now_s)
+        with pytest.raises(lm.InvalidParams):
+            lm.Seal().open(state, "ada", call, 150.0)
+
+    @hypothesis.given(st.text(max_size=60))
+    def test_no_text_opens_a_seal(self, text):
+        with pytest.raises(lm.InvalidParams):
+            lm.Seal().open(text, "ada", [], 0.0)
+
+    def test_an_elicitation_asks_for_all_its_properties(self):
+        request = lm.elicit("Sure?", ok=lm.boolean())
+        assert request["params"]["requestedSchema"]["required"] == ["ok"] and json.dumps(request)
+
+
+# ==============================================================================
+# 56. Sessions -- a handshake, a stream, subscriptions, questions to the client
+# uses: Front, Fakes
+# ==============================================================================
+
+
+SLOW = "import time, pathlib\nfor at in range(1, 4):\n    print(f'{at}/3', flush=True)\n    time.sleep(0.6)\n"
+PLAN = f"""
+[tasks.steps]
+command = ["{sys.executable}", "-c", '''{SLOW}''']
+progress = "n/N"
+[tasks.long]
+command = ["{sys.executable}", "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(300)"]
+[tasks.fails]
+command = ["{sys.executable}", "-c", "raise SystemExit(3)"]
+[configs.ci]
+args = []
+[gates.stage]
+promote = "direct"
+[gates.prod]
+promote = "approve"
+max_error_rate = 0.01
+"""
+ELICITING = {"elicitation": {}}
+
+
+@pytest.fixture(scope="module")
+def mcp(tmp_path_factory: Any) -> Iterator[Server]:
+    """One server with tasks and gates that the tests of MCP share."""
+    one = Server(tmp_path_factory.mktemp("mcp"), {"LUKHAS_MCP_MAX_STREAMS_PER_KEY": 200})
+    (one.repo / "lukhas.toml").write_text(PLAN)
+    one.start()
+    yield one
+    one.stop()
+
+
+@dataclass
+class LegacyClient:
+    """A client with a session, by plain HTTP."""
+
+    server: Server
+    version: str = "2025-06-18"
+    capabilities: dict[str, Any] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    numbers: Any = field(default_factory=lambda: iter(range(1, 10**6)))
+
+    def __post_init__(self) -> None:
+        params = {"protocolVersion": self.version, "capabilities": self.capabilities, "clientInfo": {"name": "tester", "version": "1"}}
+        status, headers, document = self.server.rpc("initialize", params)
+        assert status == 200 and document["result"]["protocolVersion"] == self.version
+        self.greeting = document["result"]
+        self.headers |= {"Mcp-Session-Id": headers["mcp-session-id"], "MCP-Protocol-Version": self.version}
+        assert self.notify("notifications/initialized") == 202
+
+    def call(self, method: str, **params: Any) -> tuple[int, Any]:
+        """Status and document of one request."""
+        status, _, document = self.server.rpc(method, params, self.headers, next(self.numbers))
+        return status, document
+
+    def result(self, method: str, **params: Any) -> Any:
+        """The result of one request."""
+        status, document = self.call(method, **params)
+        assert status == 200 and "result" in document, document
+        return document["result"]
+
+    def post(self, message: dict[str, Any]) -> int:
+        """The status of a posted message that is no request."""
+        body = json.dumps({"jsonrpc": "2.0", **message})
+        return self.server.request("POST", "/mcp", body, {"Content-Type": "application/json", **self.headers}).status
+
+    def notify(self, method: str, **params: Any) -> int:
+        """The status of a notification."""
+        return self.post({"method": method, "params": params})
+
+    @contextlib.contextmanager
+    def stream(self, method: str, request_id: Any = "s", **params: Any) -> Iterator[Stream]:
+        """The event stream that answers a request."""
+        with post_stream(self.server, {"jsonrpc": "2.0", "id": request_id, "method": method, "params": params}, self.headers) as found:
+            yield found
+
+    def listen(self):
+        """The session's own stream."""
+        return self.server.sse(path="/mcp", headers=self.headers)
+
+
+@contextlib.contextmanager
+def post_stream(server: Server, message: dict[str, Any], headers: dict[str, str] | None = None) -> Iterator[Stream]:
+    """The answer to a POST as it comes."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    accept = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+    try:
+        connection.request("POST", "/mcp", json.dumps(message), {**accept, **({"X-API-Key": server.key} if server.key else {}),
+                                                                 **(headers or {})})
+        raw = connection.sock
+        with connection.getresponse() as response:  # it holds the socket open
+            yield Stream(raw, response)
+    finally:
+        connection.close()
+
+
+def modern_message(method: str, params: dict[str, Any] | None = None, *, capabilities: dict[str, Any] | None = None,
+                   meta: dict[str, Any] | None = None, request_id: Any = 1) -> tuple[dict[str, Any], dict[str, str]]:
+    """A request of 2026-07-28 and its headers."""
+    own = {META + "protocolVersion": MODERN_VERSION, META + "clientCapabilities": capabilities or {}, **(meta or {})}
+    named = next((params[key] for key in ("name", "uri", "taskId") if key in params), None) if params else None
+    headers = {"MCP-Protocol-Version": MODERN_VERSION, "Mcp-Method": method} | ({"Mcp-Name": named} if named else {})
+    return {"jsonrpc": "2.0", "id": request_id, "method": method, "params": {**(params or {}), "_meta": own}}, headers
+
+
+def modern_call(server: Server, method: str, params: dict[str, Any] | None = None, *, headers: dict[str, str] | None = None,
+                **options: Any) -> tuple[int, Any]:
+    """Status and document of a request of 2026-07-28."""
+    message, own = modern_message(method, params, **options)
+    answer = server.request("POST", "/mcp", json.dumps(message), {"Content-Type": "application/json", **own, **(headers or {})})
+    return answer.status, answer.json if answer.body else None
+
+
+def modern_result(server: Server, method: str, params: dict[str, Any] | None = None, **options: Any) -> Any:
+    """The result of a request of 2026-07-28."""
+    status, document = modern_call(server, method, params, **options)
+    assert status == 200 and "result" in document, document
+    return document["result"]
+
+
+def messages_until_answer(stream: Stream, timeout_s: float = 20.0) -> list[dict[str, Any]]:
+    """Every message of a stream, the answer last."""
+    stream.until(lambda frame: frame.event == "message" and "method" not in frame.json, timeout_s)
+    return [frame.json for frame in stream.frames if frame.event == "message"]
+
+
+def event(kind: str, entity_id: str, step: str, **body: Any) -> lm.Event:
+    """An event as the store tells it."""
+    return lm.Event(1, kind, entity_id, step, {"narrative": "x", **body})
+
+
+class TestSessions:
+    """A session belongs to its key, is bounded, and carries notices and questions."""
+
+    @pytest.mark.parametrize(("kind", "entity_id", "uri"), [
+        ("job", "job_1", "lukhas://job/job_1"), ("model", "a/b", "lukhas://model/a%2Fb"), ("file", "docs/a b.md", "lukhas://file/docs/a%20b.md"),
+        ("gate", "x:y@z", "lukhas://gate/x%3Ay%40z"), ("model", "ü", "lukhas://model/%C3%BC")])
+    def test_uris_of_entities(self, kind, entity_id, uri):
+        assert lm.entity_uri(kind, entity_id) == uri and lm.parse_uri(uri) == (kind, entity_id)
+
+    def test_one_entity_however_it_is_escaped(self):
+        assert lm.parse_uri("lukhas://model/a/b") == lm.parse_uri("lukhas://model/a%2Fb") == lm.parse_uri("lukhas://model/a%2fb")
+        assert lm.parse_uri("test://watched-resource") == ("test://watched-resource", "")
+
+    @pytest.mark.parametrize(("heard", "uris"), [
+        (event("job", "j", "running"), {"lukhas://job/j"}),
+        (event("canary", "c", "metric", toGate="prod", fromGate="stage"), {"lukhas://canary/c", "lukhas://gate/prod", "lukhas://gate/stage"}),
+        (event("model", "m", "promoted", gate="prod"), {"lukhas://model/m", "lukhas://gate/prod"}),
+        (event("audit", "7", "run_eval", ids=["j"]), {"lukhas://audit/j"}),
+        (event("audit", "8", "file_create", ids=["docs/a.md"]), {"lukhas://audit/docs/a.md", "lukhas://file/docs/a.md"})])
+    def test_what_an_event_changes(self, heard, uris):
+        listener = lm.Listener("ada")
+        for uri in {"lukhas://job/j", "lukhas://canary/c", "lukhas://gate/prod", "lukhas://gate/stage", "lukhas://model/m",
+                    "lukhas://audit/j", "lukhas://audit/docs/a.md", "lukhas://file/docs/a.md", "lukhas://job/other"}:
+            listener.want(uri)
+        for _ in range(3):
+            listener.hear(heard)
+        assert {message["params"]["uri"] for message in drain_outlet(listener.outlet)} == uris
+
+    def test_a_slow_listener_holds_one_note_a_resource(self):
+        listener = lm.Listener("ada")
+        listener.want("lukhas://job/j")
+        listener.lists.add("resources")
+        for at in range(10_000):
+            listener.hear(event("job", "j", "progress"))
+            listener.hear(event("job", f"new{at}", "queued"))
+        assert listener.outlet.waiting == 2
+
+    def test_subscriptions_are_bounded_and_texts(self):
+        listener = lm.Listener("ada")
+        for uri in (None, 5, "", "x" * 9000):
+            with pytest.raises(lm.InvalidParams):
+                listener.want(uri)
+        for at in range(lm.MAX_SUBSCRIPTIONS):
+            listener.want(f"lukhas://job/{at}")
+        with pytest.raises(lm.InvalidParams, match="at most 1000"):
+            listener.want("lukhas://job/one-more")
+
+    def test_sessions_belong_to_their_key_are_bounded_and_end(self):
+        notices = lm.Notices()
+        sessions = lm.Sessions(notices)
+        ada, eve = lm.Principal("ada", "admin"), lm.Principal("eve", "viewer")
+        first = sessions.begin(ada, 0.0)
+        assert re.fullmatch("[!-~]{32,}", first.session_id)
+        assert sessions.find(first.session_id, ada, 1.0) is first and sessions.find(first.session_id, eve, 1.0) is None
+        for at in range(2000):
+            sessions.begin(eve, 2.0 + at / 1e6)
+        assert sessions.find(first.session_id, ada, 3.0) is first, "another key's sessions do not push it out"
+        assert len(sessions) <= 257 and len(notices.listeners) == len(sessions)
+        sessions.sweep(3000.0)
+        assert sessions.find(first.session_id, ada, 3000.0) is first
+        sessions.sweep(3000.0 + 3500.0)
+        assert len(sessions) == 1, "the one used last is left"
+        sessions.end(first)
+        assert sessions.find(first.session_id, ada, 0.0) is None and first.listener.outlet.is_ended and not notices.listeners
+
+    def test_a_session_is_not_minted_for_bare_clients_and_needed_by_none(self, mcp):
+        status, headers, document = mcp.rpc("tools/list")
+        assert status == 200 and "mcp-session-id" not in headers
+
+    def test_an_unknown_session_is_404_so_that_the_client_begins_anew(self, mcp):
+        for version in LEGACY:
+            headers = {"Mcp-Session-Id": "nope", "MCP-Protocol-Version": version}
+            status, _, document = mcp.rpc("tools/list", headers=headers)
+            assert status == 404 and document["error"]["code"] == -32600 and document["id"] == 1
+            assert mcp.request("GET", "/mcp", headers={**headers, "Accept": "text/event-stream"}).status == 404
+            assert mcp.request("DELETE", "/mcp", headers=headers).status == 404
+
+    def test_the_modern_era_knows_no_sessions(self, mcp):
+        status, document = modern_call(mcp, "tools/list", headers={"Mcp-Session-Id": "nope", "Last-Event-ID": "7"})
+        assert status == 200 and "result" in document
+        for verb in ("GET", "DELETE"):
+            headers = {"MCP-Protocol-Version": "2026-07-28", "Accept": "text/event-stream", "Mcp-Session-Id": "x"}
+            found = mcp.request(verb, "/mcp", headers=headers)
+            assert found.status == 405 and "POST" in found.headers["allow"]
+
+    def test_delete_ends_a_session_and_its_stream(self, mcp):
+        client = LegacyClient(mcp)
+        with client.listen() as stream:
+            assert stream.status == 200
+            assert mcp.request("DELETE", "/mcp", headers=client.headers).status == 204
+            assert stream.next_frame() is None
+        assert client.call("tools/list")[0] == 404 and mcp.request("DELETE", "/mcp", headers=client.headers).status == 404
+        assert mcp.request("DELETE", "/mcp").status == 405
+
+    def test_a_session_of_another_key_is_unknown(self, make_server):
+        server = make_server(LUKHAS_MCP_API_KEYS="ada:viewer:one,eve:viewer:two", key="one")
+        client = LegacyClient(server)
+        assert client.call("ping")[0] == 200
+        client.headers["X-API-Key"] = "two"
+        assert client.call("ping")[0] == 404
+        assert server.request("GET", "/mcp", headers={**client.headers, "Accept": "text/event-stream"}).status == 404
+
+    def test_a_subscription_fires_on_every_state_and_new_entities_change_the_list(self, mcp):
+        client = LegacyClient(mcp)
+        with client.listen() as stream:
+            job_id = mcp.call("run_eval", taskId="steps", configId="ci")["jobId"]
+            uri = f"lukhas://job/{job_id}"
+            assert client.result("resources/subscribe", uri=uri) == {}
+            seen = []
+            while True:
+                document = stream.until(lambda frame: frame.event == "message")[-1].json
+                stream.frames.clear()
+                seen.append(document["method"])
+                if document["method"] == "notifications/resources/updated":
+                    assert document["params"] == {"uri": uri}
+                    read = client.result("resources/read", uri=uri)["contents"][0]
+                    if json.loads(read["text"])["status"] == "COMPLETED":
+                        break
+            assert seen.count("notifications/resources/updated") >= 3 and "notifications/resources/list_changed" in seen
+            assert client.result("resources/unsubscribe", uri=uri) == {}
+
+    def test_a_subscription_to_an_unknown_resource_is_taken(self, mcp):
+        client = LegacyClient(mcp)
+        assert client.result("resources/subscribe", uri="test://watched-resource") == {}
+        assert client.result("resources/unsubscribe", uri="test://watched-resource") == {}
+        assert client.result("resources/unsubscribe", uri="test://never") == {}
+
+    def test_a_sessionless_client_is_told_what_it_needs(self, mcp):
+        status, _, document = mcp.rpc("resources/subscribe", {"uri": "lukhas://gate/prod"})
+        assert status == 200 and document["error"]["code"] == -32602 and "session" in document["error"]["message"]
+
+    def test_a_question_travels_on_the_stream_and_its_answer_by_post(self):
+        async def scene() -> Any:
+            session = lm.Session("s" * 32, lm.ANONYMOUS, lm.Listener("a"), capabilities=ELICITING)
+            client = lm.SessionExchange(lm.Outlet(), session, None)
+            asking = asyncio.create_task(client.ask({"who": ASKED_NAME}))
+            request, = await client.outlet.take()
+            assert request["method"] == "elicitation/create" and request["params"] == ASKED_NAME["params"]
+            session.take_answer({"id": "unknown", "result": NAMED})
+            session.take_answer({"id": [1], "result": NAMED})
+            assert not asking.done()
+            session.take_answer({"id": request["id"], "result": NAMED})
+            return await asking, session.asked
+        assert run_async(scene()) == ({"who": NAMED}, {})
+
+    @pytest.mark.parametrize("answer", [{"error": {"code": -1, "message": "no"}}, {"result": {}}, {"result": {"action": "accept"}}, {}])
+    def test_an_answer_that_is_none_is_a_tool_error(self, answer):
+        async def scene() -> None:
+            session = lm.Session("s" * 32, lm.ANONYMOUS, lm.Listener("a"), capabilities=ELICITING)
+            client = lm.SessionExchange(lm.Outlet(), session, None)
+            asking = asyncio.create_task(client.ask({"who": ASKED_NAME}))
+            request, = await client.outlet.take()
+            session.take_answer({"id": request["id"], **answer})
+            with pytest.raises(lm.Unavailable, match="can't be used"):
+                await asking
+            assert not session.asked
+        run_async(scene())
+
+    def test_a_stop_of_the_server_ends_the_stream(self, make_server):
+        server = make_server()
+        with LegacyClient(server).listen() as stream:
+            server.process.send_signal(signal.SIGTERM)
+            assert stream.next_frame() is None
+        assert server.process.wait(15) == 0
+
+
+# ==============================================================================
+# 57. Toolkit -- what every declared tool keeps: its schemas, its role, its audit row
+# uses: Front, Fakes, Tables
+# ==============================================================================
+
+
+TOOL_IDS = list(lm.TOOLS)
+ROLE_KEYS = {"viewer": "key-of-viewer", "reporter": "key-of-reporter", "operator": "key-of-operator", "admin": "key-of-admin"}
+
+
+@pytest.fixture(scope="module")
+def role_server(tmp_path_factory):
+    """A server with one key of each role, called by the operator's."""
+    keys = ",".join(f"{role}-1:{role}:{secret}" for role, secret in ROLE_KEYS.items())
+    one = Server(tmp_path_factory.mktemp("roles"), {"LUKHAS_MCP_API_KEYS": keys}, key=ROLE_KEYS["operator"]).start()
+    yield one
+    one.stop()
+
+
+def example_of(one):
+    """Arguments that the tool takes."""
+    assert one.examples, f"{one.name} has no example"
+    return dict(one.examples[0])
+
+
+def spoilt_arguments(one):
+    """Arguments with which a tool can't be carried out: none that it needs, or one of a wrong type."""
+    if one.arguments.get("required") or not one.properties:
+        return {}
+    name, part = next(iter(one.properties.items()))
+    return {name: 7.25 if part.get("type") in ("object", "array") else [1]}
+
+
+JSON_KINDS = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
+              "null": type(None)}
+
+
+def schema_faults(value, schema, where="document"):
+    """Where a value is not what a JSON Schema says (2020-12, the keywords that tools use)."""
+    kinds = schema.get("type", list(JSON_KINDS))
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if not any(isinstance(value, JSON_KINDS[kind]) and isinstance(value, bool) <= (kind == "boolean") for kind in kinds):
+        return [f"{where} is {value!r}, not {kinds}"]
+    faults = [f"{where} is {value!r}"] if value not in schema.get("enum", [value]) else []
+    if isinstance(value, dict):
+        faults += [f"{where} lacks {name}" for name in schema.get("required", ()) if name not in value]
+        for name in value.keys() & schema.get("properties", {}).keys():
+            faults += schema_faults(value[name], schema["properties"][name], f"{where}.{name}")
+    for at, one in enumerate(value if isinstance(value, list) else ()):
+        faults += schema_faults(one, schema.get("items", {}), f"{where}[{at}]")
+    if isinstance(value, (int, float)) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+        faults.append(f"{where} is {value}")
+    return faults
+
+
+class TestToolkit:
+    """Derived from the table of tools."""
+
+    def test_the_list_of_the_contract(self):
+        assert {"fetch", "run_eval", "status", "why", "why_math", "promote_model", "start_canary", "canary_status",
+                "abort_canary", "list_dir", "find_files", "write_file", "create_file", "update_file", "append_file",
+                "rename_file", "delete_file", "writeFile", "createFile", "list_jobs", "cancel_job", "list_canaries",
+                "observe", "gate_status"} <= set(TOOL_IDS)
+        assert TOOL_IDS.index("fetch") == (1 if "search" in TOOL_IDS else 0)
+
+    @pytest.mark.parametrize("name", TOOL_IDS)
+    def test_a_declaration_is_complete(self, name):
+        one = lm.TOOLS[name]
+        wire = one.to_wire()
+        assert re.fullmatch("[A-Za-z0-9_-]{1,64}", name) and one.title and len(one.description) > 20
+        assert wire["inputSchema"]["type"] == wire["outputSchema"]["type"] == "object"
+        assert one.role in ("viewer", "observe", "operator", "admin") and one.level in ("changes", "access", "all")
+        assert set(wire["annotations"]) == {"title", "readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint"}
+        assert one.is_reading or one.role != "viewer", "a viewer changes nothing"
+        assert not one.is_reading or not wire["annotations"]["destructiveHint"]
+        for key in ("inputSchema", "outputSchema"):
+            assert set(wire[key].get("required", ())) <= set(wire[key]["properties"])
+        assert all("maxItems" in part for part in one.properties.values() if part.get("type") == "array"), "lists are bounded"
+        assert all(part.get("description") for part in one.properties.values()), "every argument is explained"
+        example = example_of(one)
+        assert set(example) <= set(one.properties)
+        assert lm.validate(example, one.arguments)[1] == []
+        json.dumps(wire)
+
+    @pytest.mark.parametrize("name", TOOL_IDS)
+    def test_an_example_runs(self, role_server, name):
+        """Or the tool says what is wrong with the id; an internal error is neither."""
+        one = lm.TOOLS[name]
+        result = role_server.result(name, example_of(one))
+        document, text = result.get("structuredContent"), result["content"][0]["text"]
+        if result.get("isError"):
+            assert text and (document is None and result["_meta"]["error"]["reason"] or schema_faults(document, one.output) == []), result
+            return
+        assert text == document.get("text") if name == "why" else json.loads(text) == document
+        assert schema_faults(document, one.output) == [], "the answer is what outputSchema says"
+        if not one.is_reading and name != "observe" or one.level == "changes":
+            assert one.level == "changes", "what changes something is always audited"
+
+    @pytest.mark.parametrize(("name", "argument"), [
+        (one.name, argument) for one in lm.TOOLS.values() for argument in one.arguments.get("required", ())])
+    def test_a_missing_argument_is_named(self, role_server, name, argument):
+        arguments = {key: value for key, value in example_of(lm.TOOLS[name]).items() if key != argument}
+        for given in (arguments, arguments | {argument: None}):
+            text = role_server.call_error(name, **given)
+            assert argument in text and "required" in text
+
+    @pytest.mark.parametrize("name", [one.name for one in lm.TOOLS.values() if not one.is_reading])
+    def test_what_changes_something_names_unknown_arguments(self, role_server, name):
+        one = lm.TOOLS[name]
+        known = max(one.properties, key=len)
+        result = role_server.result(name, example_of(one) | {known + "s": 1, "entirely unrelated": 2})
+        if not result.get("isError"):
+            warnings = " ".join(result["structuredContent"]["warnings"])
+            assert repr(known + "s") in warnings and f"did you mean {known}?" in warnings
+            assert "'entirely unrelated'" in warnings
+
+    @pytest.mark.parametrize("name", [one.name for one in lm.TOOLS.values() if one.is_reading])
+    def test_reading_takes_unknown_arguments_in_silence(self, role_server, name):
+        result = role_server.result(name, example_of(lm.TOOLS[name]) | {"unknown": [1, {"a": None}]})
+        assert "unknown" not in result["content"][0]["text"].replace('"decision":"unknown"', "") or result.get("isError")
+
+    @pytest.mark.parametrize("role", ROLE_KEYS)
+    @pytest.mark.parametrize("name", TOOL_IDS)
+    def test_roles(self, role_server, name, role):
+        one = lm.TOOLS[name]
+        result = role_server.result(name, spoilt_arguments(one), {"X-API-Key": ROLE_KEYS[role]})
+        text = result["content"][0]["text"]
+        is_refused = f"needs the role {one.role}" in text
+        assert is_refused == (not lm.Principal("x", role).may(one.role)), text
+        assert result.get("isError") or not one.properties
+        assert not is_refused or (role in text and name in text)
+
+    def test_refusals_of_changing_tools_are_audited(self, role_server):
+        count = "SELECT count(*) FROM audits WHERE action='promote_model' AND actor='viewer-1'"
+        before = read_rows(role_server.db, count)[0][0]
+        role_server.result("promote_model", {"modelId": "m", "gate": "g"}, {"X-API-Key": ROLE_KEYS["viewer"]})
+        wait_until(lambda: read_rows(role_server.db, count)[0][0] == before + 1, what="the audit row of the refusal")
+
+    @pytest.mark.parametrize("name", [one.name for one in lm.TOOLS.values() if one.level == "changes"])
+    def test_what_changes_something_leaves_a_row_with_its_actor(self, role_server, name):
+        """Of a success or of a refusal, committed at the latest a moment after the answer."""
+        one = lm.TOOLS[name]
+        newest = read_rows(role_server.db, "SELECT max(id) FROM audits")[0][0] or 0
+        words = {key: f"trail-of-{name}" for key, part in one.properties.items()
+                 if part.get("type") == "string" and not part.get("enum") and key not in (
+                     "encoding", "expectSha256", "contents", "content", "template")}
+        role_server.result(name, example_of(one) | words | ({"dryRun": False} if "dryRun" in one.properties else {}))
+        rows = "SELECT count(*) FROM audits WHERE id>? AND actor='operator-1'"
+        wait_until(lambda: read_rows(role_server.db, rows, newest)[0][0] >= 1, 5, "the audit row")
+
+    def test_every_audit_row_counts_in_the_chain(self, role_server):
+        assert lm.verify_file(str(role_server.db)) is None
+        for (payload,) in read_rows(role_server.db, "SELECT payload_json FROM audits"):
+            details = json.loads(payload)
+            assert details["message"] and not any(secret in payload for secret in ROLE_KEYS.values())
+
+    @pytest.mark.parametrize("name", ["nope", "Run_eval", "run_eval ", "", None, 5, [], {}, True])
+    def test_an_unknown_tool(self, role_server, name):
+        status, _, document = role_server.rpc("tools/call", {"name": name, "arguments": {}})
+        assert status == 200
+        assert_error(document, -32602)
+        assert document["error"]["message"].startswith("Unknown tool") or not isinstance(name, str)
+
+    def test_a_near_name_is_named(self, role_server):
+        assert "did you mean run_eval?" in role_server.rpc("tools/call", {"name": "run_evel"})[2]["error"]["message"]
+
+    @pytest.mark.parametrize("arguments", [[], "x", 5, True])
+    def test_arguments_that_are_no_object(self, role_server, arguments):
+        assert_error(role_server.rpc("tools/call", {"name": "status", "arguments": arguments})[2], -32602)
+
+    @pytest.mark.parametrize("name", TOOL_IDS)
+    def test_texts_that_nothing_can_hold_are_refused(self, role_server, name):
+        """A lone surrogate, which JSON can carry and neither SQLite nor a file."""
+        one = lm.TOOLS[name]
+        for key, part in one.properties.items():
+            if part.get("type") == "string":
+                result = role_server.result(name, example_of(one) | {key: "a\ud800"}, {"X-API-Key": ROLE_KEYS["admin"]})
+                assert result["isError"] and key in result["content"][0]["text"]
+
+    def test_hostile_names_cost_no_time(self, role_server):
+        """Looking for the nearest name is bounded, whatever was sent."""
+        started_s = time.monotonic()
+        document = role_server.rpc("tools/call", {"name": "x" * 3_000_000})[2]
+        assert_error(document, -32602)
+        many = {f"argument-{at}": 1 for at in range(150_000)}
+        result = role_server.result("promote_model", {"modelId": "m", "gate": "stage", "dryRun": True} | many)
+        assert len(json.dumps(result)) < 100_000 and len(json.dumps(document)) < 5000
+        assert "150000 unknown arguments" in " ".join(result["structuredContent"]["warnings"])
+        long = role_server.result("promote_model", {"modelId": "m", "gate": "stage", "dryRun": True, "y" * 1_000_000: 1})
+        assert "yyy" in long["structuredContent"]["warnings"][0]
+        assert time.monotonic() - started_s < 5
+
+    def test_read_only(self, make_server):
+        server = make_server(LUKHAS_MCP_READ_ONLY=1)
+        listed = {one["name"] for one in server.rpc("tools/list")[2]["result"]["tools"]}
+        assert listed == {one.name for one in lm.TOOLS.values() if one.is_reading} and "status" in listed
+        assert_error(server.rpc("tools/call", {"name": "run_eval", "arguments": {}})[2], -32602)
+
+    def test_contents_are_not_kept_in_the_audit(self, role_server):
+        role_server.call("write_file", path="audit/secret.txt", contents="the very content\n" * 3)
+        role_server.call_error("write_file", path="audit/secret.txt", contents="the very content\n" * 3)
+        rows = read_rows(role_server.db, "SELECT payload_json FROM audits WHERE payload_json LIKE '%audit/secret.txt%'")
+        assert rows and not any("very content" in payload for (payload,) in rows)
+        digest = hashlib.sha256(("the very content\n" * 3).encode()).hexdigest()
+        assert any(digest in payload for (payload,) in rows)
+
+    @pytest.mark.parametrize("level", ["changes", "access", "all"])
+    def test_reads_are_folded(self, make_server, level):
+        server = make_server(LUKHAS_MCP_AUDIT=level)
+        for _ in range(5):
+            server.call("why", id="nothing")
+            server.call("list_jobs")
+        server.call("promote_model", modelId="m", gate="stage")
+        server.stop()
+        rows = [json.loads(row[0]) for row in read_rows(server.db, "SELECT payload_json FROM audits WHERE action='read'")]
+        counts = {}
+        for row in rows:
+            counts[row["tool"]] = counts.get(row["tool"], 0) + row["count"]
+        assert counts == {"changes": {}, "access": {"why": 5}, "all": {"why": 5, "list_jobs": 5}}[level]
+        assert read_rows(server.db, "SELECT count(*) FROM audits WHERE action='promote_model'") == [(1,)]
+
+    def test_declaring_is_strict(self, monkeypatch):
+        monkeypatch.setattr(lm, "TOOLS", {})
+
+        async def documented(services, call):
+            """Do nothing at all."""
+
+        async def silent(services, call):
+            pass
+        declare = lambda handler, **more: lm.tool("x", title="X", **({"arguments": lm.shape(), "output": lm.shape()} | more))(handler)
+        with pytest.raises(ValueError, match="docstring"):
+            declare(silent)
+        with pytest.raises(ValueError, match="subset"):
+            declare(documented, arguments={"type": "object", "oneOf": []})
+        assert declare(documented) is documented and list(lm.TOOLS) == ["x"]
+        with pytest.raises(ValueError, match="twice"):
+            declare(documented)
+
+
+# ==============================================================================
+# 58. SearchTools -- one search over files and operations, and operations as documents
+# uses: Front, Fakes
+# ==============================================================================
+
+CANARY_POLICY = {"windowSeconds": 300, "targets": {"latency_p95_ms": 500, "max_error_rate": 0.01}}
+
+
+def file_id(path: str) -> str:
+    """The id of a file."""
+    return "lukhas-path:" + base64.urlsafe_b64encode(path.encode()).rstrip(b"=").decode()
+
+
+def search_until(server: Server, query: str, condition, timeout_s: float = 10.0) -> dict:
+    """The first answer to a search that meets a condition."""
+    return wait_until(lambda: condition(found := server.call("search", query=query)) and found, timeout_s, f"hits for {query}")
+
+
+class TestSearchTools:
+    def test_the_answer_has_the_shape_that_chatgpt_asks_for(self, server):
+        result = server.result("search", {"query": "line two"})
+        assert [item["type"] for item in result["content"]] == ["text"]
+        document = json.loads(result["content"][0]["text"])
+        assert document == result["structuredContent"] and result["_meta"] == {"untrusted": True}
+        assert document["ids"] == [file_id("docs/guide.md")]
+        assert document["hits"][0] | {"score": 0} == {"id": file_id("docs/guide.md"), "title": "docs/guide.md", "path": "docs/guide.md",
+                                                      "snippet": "line two\nline three", "line": 3, "score": 0}
+        row = document["results"][0]
+        assert {"id", "title", "url", "text"} <= set(row) and row["url"].startswith("lukhas://file/docs/guide.md")
+        fetched = server.call("fetch", id=row["id"])
+        assert fetched["text"].splitlines()[row["line"] - 1] == "line two"
+
+    def test_its_schemas_say_so(self, server):
+        listed = {one["name"]: one for one in server.rpc("tools/list")[2]["result"]["tools"]}
+        assert list(listed)[:2] == ["search", "fetch"]
+        assert listed["search"]["inputSchema"]["required"] == ["query"]
+        assert {"ids", "hits", "results"} <= set(listed["search"]["outputSchema"]["properties"])
+
+    @pytest.mark.parametrize("arguments, words", [
+        ({}, "query is required"), ({"query": ""}, "query is ''"), ({"query": " \t\n"}, "query is blank"),
+        ({"query": ["a"]}, "query is list"), ({"query": "a", "limit": "many"}, "limit is 'many'")])
+    def test_what_is_no_query_is_a_clear_error(self, server, arguments, words):
+        assert words in server.call_error("search", **arguments)
+
+    @pytest.mark.parametrize("query", ['"', "NEAR(a b)", "path:docs", "a AND", "*", "⚛️ ñandú \"x\"", "-" * 3000, 2025])
+    def test_any_text_is_a_query(self, server, query):
+        assert isinstance(server.call("search", query=query)["ids"], list)
+
+    @pytest.mark.parametrize("limit, most", [(0, 1), (-1, 1), (1, 1), (2, 2), (1000, 50)])
+    def test_the_limit_is_clamped(self, server, limit, most):
+        assert 1 <= len(server.call("search", query="py md guide scratch line return", limit=limit)["ids"]) <= most
+
+    def test_nothing_found_is_an_empty_answer(self, server):
+        found = server.call("search", query="zzzz-nothing")
+        assert (found["ids"], found["hits"], found["results"]) == ([], [], [])
+
+    def test_own_writes_are_found_by_the_next_search(self, make_server):
+        server = make_server()
+        for number in range(5):
+            server.call("write_file", path="notes/animal.txt", contents=f"okapi{number}\n", overwrite=True)
+            assert server.call("search", query=f"okapi{number}")["ids"] == [file_id("notes/animal.txt")]
+            assert number == 0 or server.call("search", query=f"okapi{number - 1}")["ids"] == []
+        server.call("rename_file", **{"from": "notes/animal.txt", "to": "notes/beast.txt"})
+        assert server.call("search", query="okapi4")["ids"] == [file_id("notes/beast.txt")]
+        sha256 = server.call("fetch", id=file_id("notes/beast.txt"))["metadata"]["sha256"]
+        server.call("delete_file", path="notes/beast.txt", expectSha256=sha256)
+        assert server.call("search", query="okapi4")["ids"] == []
+
+    def test_changes_of_others_secrets_and_ignored_files(self, make_server):
+        server = make_server()
+        begun_s = time.monotonic()
+        (server.repo / "new.md").write_text("an okapi\n")
+        (server.repo / ".env").write_text("OKAPI=okapi\n")
+        (server.repo / ".gitignore").write_text("ignored.txt\n")
+        (server.repo / "ignored.txt").write_text("okapi\n")
+        (server.repo / "image.bin").write_bytes(b"okapi\0okapi")
+        found = search_until(server, "okapi", lambda found: found["ids"])
+        assert time.monotonic() - begun_s < 5
+        wait_until(lambda: server.request("GET", "/readyz").json["index"] == "ready")
+        assert found["ids"] == server.call("search", query="okapi")["ids"] == [file_id("new.md")]
+
+    def test_readyz_tells_how_far_the_index_is(self, server):
+        wait_until(lambda: server.request("GET", "/readyz").json["index"] == "ready", 15)
+        indexed = server.request("GET", "/readyz").json["indexed"]
+        assert indexed["state"] == "ready" and indexed["done"] == indexed["files"] >= 3
+
+    def test_operations_are_found_by_their_ids_names_and_status(self, make_server):
+        server = make_server()
+        start = {"fromGate": "staging", "toGate": "production", "policy": CANARY_POLICY}
+        aborted = server.call("start_canary", modelId="lukhas-v4", **start)["canaryId"]
+        server.call("abort_canary", canaryId=aborted, reason="wrong model")
+        running = server.call("start_canary", modelId="lukhas-v5", **start)["canaryId"]
+        job = server.call("run_eval", taskId="probe", configId="nightly", dryRun=True)["jobId"]
+        server.call("promote_model", modelId="lukhas-v3", gate="staging")
+        for query, wanted in (("rollback lukhas-v4", aborted), (aborted, aborted), ("lukhas-v5", running), ("running canary", running),
+                              (job, job), ("dry run eval probe", job), ("lukhas-v3", "model:lukhas-v3"), ("nightly eval", job)):
+            found = server.call("search", query=query)
+            assert found["ids"][0] == wanted, (query, found["ids"])
+            assert found["results"][0]["title"] and found["results"][0]["url"] and found["hits"][0]["snippet"]
+        assert aborted not in server.call("search", query="guide line two")["ids"]
+        assert len(server.call("search", query="canary", limit=2)["ids"]) <= 2
+
+    def test_operations_are_fetched_as_documents(self, make_server):
+        server = make_server()
+        job = server.call("run_eval", taskId="probe", configId="ci", dryRun=True)["jobId"]
+        canary = server.call("start_canary", modelId="m1", fromGate="a", toGate="b", policy=CANARY_POLICY)["canaryId"]
+        server.call("promote_model", modelId="m1", gate="a")
+        audit = server.result("why", {"id": job})["structuredContent"]["events"][0]["auditId"]
+        for key, words in ((job, "DRY_RUN"), (canary, "canary_start"), ("model:m1", "promoted"), (f"audit:{audit}", "probe")):
+            document = server.call("fetch", id=key)
+            assert document["id"] == key and words in document["text"] and document["title"] and document["url"]
+            assert document["mimeType"] == "text/plain" and len(document["metadata"]["sha256"]) == 64
+            assert set(server.call("fetch", id=key, fields=["title"])) == {"id", "title"}
+        for key in ("job_zzzzzzzz", "model:none", "audit:999999", "audit:x", "nope", "lukhas-arch-001"):
+            assert "Unknown id" in server.call_error("fetch", id=key)
+
+    @pytest.mark.parametrize("setting, url", [("https://example.org/view/", "https://example.org/view/docs/guide.md#L3"),
+                                              (None, "https://github.com/o/r/blob/HEAD/docs/guide.md#L3")])
+    def test_the_address_of_a_file_can_be_opened(self, make_server, tmp_path, setting, url):
+        repo = make_repository(tmp_path)
+        git(repo, "remote", "add", "origin", "git@github.com:o/r.git")
+        server = make_server(folder=tmp_path, GITHUB_VIEW_BASE=setting)
+        found = search_until(server, "line two", lambda found: found["results"] and "http" in found["results"][0]["url"])
+        assert found["results"][0]["url"] == url
+        assert server.call("fetch", id=found["ids"][0] + "#L3-L4")["url"] == url
+
+
+# ==============================================================================
+# 59. Works -- a client that waits for an eval or a canary, and one that stops it
+# uses: Front, Fakes
+# ==============================================================================
+
+
+CANARY_START = {"modelId": "waited", "fromGate": "stage", "toGate": "stage",
+                "policy": {"windowSeconds": 300, "targets": {"latency_p95_ms": 250, "max_error_rate": 0.01}}}
+
+
+def call_message(tool: str, arguments: dict[str, Any], token: Any = None, request_id: Any = 1) -> dict[str, Any]:
+    """A tools/call, with a progress token or without."""
+    params = {"name": tool, "arguments": arguments} | ({} if token is None else {"_meta": {"progressToken": token}})
+    return {"jsonrpc": "2.0", "id": request_id, "method": "tools/call", "params": params}
+
+
+def first_progress(stream: Stream) -> dict[str, Any]:
+    """The params of the first progress that a stream tells."""
+    return stream.until(lambda frame: frame.event == "message" and frame.json["method"] == "notifications/progress")[-1].json["params"]
+
+
+class TestWorks:
+    """Waiting with a token tells progress; cancelling stops the processes; nothing else does."""
+
+    @pytest.mark.parametrize("token", ["a", 7, 0])
+    def test_run_eval_with_a_token_tells_progress_until_the_end(self, mcp, token):
+        with post_stream(mcp, call_message("run_eval", {"taskId": "steps", "configId": "ci"}, token)) as stream:
+            assert stream.status == 200 and stream.headers["content-type"] == "text/event-stream"
+            *told, last = messages_until_answer(stream)
+            assert stream.next_frame() is None
+        values = [one["params"]["progress"] for one in told]
+        assert values == sorted(set(values)) and values[-1] == 3 and told[-1]["params"]["total"] == 3
+        assert all(one["method"] == "notifications/progress" and one["params"]["progressToken"] == token for one in told)
+        document = last["result"]["structuredContent"]
+        assert last["id"] == 1 and document["status"] == "COMPLETED" and document["result"]["metrics"]["exit_code"] == 0
+        assert json.loads(last["result"]["content"][0]["text"]) == document
+
+    @pytest.mark.parametrize("token", [None, True, 1.5, {}, []])
+    def test_without_a_proper_token_it_answers_at_once(self, mcp, token):
+        message = call_message("run_eval", {"taskId": "probe", "configId": "ci"})
+        message["params"]["_meta"] = {"progressToken": token}
+        answer = mcp.request("POST", "/mcp", json.dumps(message), {"Content-Type": "application/json", "Accept": "*/*"})
+        assert answer.headers["content-type"] == "application/json"
+        assert answer.json["result"]["structuredContent"]["status"] == "QUEUED"
+
+    def test_a_client_that_takes_no_stream_is_answered_at_once(self, mcp):
+        message = call_message("run_eval", {"taskId": "probe", "configId": "ci"}, "t")
+        answer = mcp.request("POST", "/mcp", json.dumps(message), {"Content-Type": "application/json", "Accept": "application/json"})
+        assert answer.json["result"]["structuredContent"]["status"] == "QUEUED"
+
+    def test_a_failed_eval_is_told_as_it_is(self, mcp):
+        with post_stream(mcp, call_message("run_eval", {"taskId": "fails", "configId": "ci"}, "t")) as stream:
+            document = messages_until_answer(stream)[-1]["result"]["structuredContent"]
+        assert document["status"] == "FAILED" and "3" in document["reason"]
+
+    def test_an_error_before_the_first_progress_has_its_own_shape(self, mcp):
+        for message in (call_message("nope", {}, "t"), call_message("run_eval", {}, "t")):
+            with post_stream(mcp, message) as stream:
+                assert stream.headers["content-type"] == "application/json"
+                document = json.loads(stream.read_rest())
+                assert document.get("error", {}).get("code") == -32602 or document["result"]["isError"]
+
+    def test_cancelling_in_a_session_kills_the_job(self, mcp):
+        client = LegacyClient(mcp)
+        with client.stream("tools/call", "cancel-me", name="run_eval", arguments={"taskId": "long", "configId": "ci"},
+                           _meta={"progressToken": "t"}) as stream:
+            first_progress(stream)
+            job = wait_until(lambda: next((one for one in mcp.call("list_jobs")["jobs"] if one["taskId"] == "long"
+                                           and one["status"] == "RUNNING"), None))
+            assert client.notify("notifications/cancelled", requestId="cancel-me", reason="enough") == 202
+            while stream.next_frame() is not None:
+                pass
+            assert not any("result" in frame.data and '"id":"cancel-me"' in frame.data for frame in stream.frames)
+        assert mcp.wait_for("status", jobId=job["jobId"])["status"] == "CANCELLED"
+        assert "cancelled the call" in mcp.call("why", id=job["jobId"])
+
+    def test_closing_the_stream_cancels_in_the_modern_era(self, mcp):
+        message, headers = modern_message("tools/call", {"name": "run_eval", "arguments": {"taskId": "long", "configId": "ci"}},
+                                          meta={"progressToken": "t"})
+        with post_stream(mcp, message, headers) as stream:
+            job_id = re.search(r"job_\w{8}", first_progress(stream)["message"])[0]
+            wait_until(lambda: mcp.call("status", jobId=job_id)["status"] == "RUNNING")
+        assert mcp.wait_for("status", jobId=job_id)["status"] == "CANCELLED"
+
+    def test_closing_the_stream_cancels_nothing_in_the_legacy_eras(self, mcp):
+        with post_stream(mcp, call_message("run_eval", {"taskId": "steps", "configId": "ci"}, "t")) as stream:
+            job_id = re.search(r"job_\w{8}", first_progress(stream)["message"])[0]
+        assert mcp.wait_for("status", jobId=job_id)["status"] == "COMPLETED"
+
+    def test_somebody_else_s_cancel_means_nothing(self, mcp):
+        client, other = LegacyClient(mcp), LegacyClient(mcp)
+        with client.stream("tools/call", 5, name="run_eval", arguments={"taskId": "steps", "configId": "ci"},
+                           _meta={"progressToken": "t"}) as stream:
+            first_progress(stream)
+            for request_id in (5, "5", None, [5], {}, 99):
+                assert other.notify("notifications/cancelled", requestId=request_id) == 202
+            assert messages_until_answer(stream)[-1]["result"]["structuredContent"]["status"] == "COMPLETED"
+
+    def test_start_canary_is_waited_for_and_aborted_by_its_cancel(self, mcp):
+        client = LegacyClient(mcp, "2025-11-25")
+        with client.stream("tools/call", 8, name="start_canary", arguments=CANARY_START, _meta={"progressToken": "c"}) as stream:
+            params = first_progress(stream)
+            assert params["total"] == 300 and params["progress"] < 60
+            canary_id = re.search(r"canary_\w{8}", params["message"])[0]
+            assert client.notify("notifications/cancelled", requestId=8) == 202
+            while stream.next_frame() is not None:
+                pass
+        found = mcp.wait_for("canary_status", canaryId=canary_id)
+        assert (found["status"], found["reason"]) == ("ROLLED_BACK", "aborted")
+
+    def test_log_lines_are_told_to_who_set_a_level(self, mcp):
+        client = LegacyClient(mcp)
+        assert client.result("logging/setLevel", level="info") == {}
+        with client.stream("tools/call", 1, name="run_eval", arguments={"taskId": "steps", "configId": "ci"},
+                           _meta={"progressToken": "t"}) as stream:
+            lines = [one["params"] for one in messages_until_answer(stream) if one.get("method") == "notifications/message"]
+        assert any("runs" in one["data"] for one in lines) and {one["level"] for one in lines} == {"info"}
+        message, headers = modern_message("tools/call", {"name": "run_eval", "arguments": {"taskId": "steps", "configId": "ci"}},
+                                          meta={META + "logLevel": "error", "progressToken": "t"})
+        with post_stream(mcp, message, headers) as stream:
+            assert not any(one.get("method") == "notifications/message" for one in messages_until_answer(stream))
+
+    def test_a_stop_of_the_server_answers_who_waits(self, make_server):
+        server = make_server(started=False)
+        (server.repo / "lukhas.toml").write_text(PLAN)
+        server.start()
+        with post_stream(server, call_message("run_eval", {"taskId": "long", "configId": "ci"}, "t")) as stream:
+            first_progress(stream)
+            server.process.send_signal(signal.SIGTERM)
+            document = messages_until_answer(stream)[-1]["result"]["structuredContent"]
+        assert document["jobId"] and server.process.wait(15) == 0
+
+    def test_tasks_in_the_words_of_the_extension(self):
+        state = lm.WorkState("job_1", "ada", "working", "2025-01-01T00:00:00.000Z", "2025-01-01T00:00:01.000Z", "job_1 is QUEUED", ttl_ms=5)
+        assert lm.to_task(state) == {"taskId": "job_1", "status": "working", "createdAt": "2025-01-01T00:00:00.000Z", "ttlMs": 5,
+                                     "lastUpdatedAt": "2025-01-01T00:00:01.000Z", "statusMessage": "job_1 is QUEUED", "pollIntervalMs": 1000}
+        done = lm.to_task(dataclasses.replace(state, status="completed", result={"a": 1}), is_full=True)
+        assert done["result"]["structuredContent"] == {"a": 1} and "pollIntervalMs" not in done and "error" not in done
+        failed = lm.to_task(dataclasses.replace(state, status="failed", error={"code": -32603, "message": "x"}), is_full=True)
+        assert failed["error"]["code"] == -32603 and "result" not in failed
+        asking = dataclasses.replace(state, status="input_required", requests={"k": ASKED_NAME})
+        assert lm.to_task(asking, is_full=True)["inputRequests"] == {"k": ASKED_NAME} and "inputRequests" not in lm.to_task(asking)
+
+
+# ==============================================================================
+# 60. FileTools -- a change is on record before it happens and after
+# uses: Front, Fakes, Tables, Store
+# ==============================================================================
+
+
+def audit_details(server, action):
+    """The details of every audit row of an action, oldest first."""
+    return [json.loads(row[0]) for row in
+            read_rows(server.db, "SELECT payload_json FROM audits WHERE action=? ORDER BY id", action)]
+
+
+def path_id(path):
+    """The id of a file."""
+    return "lukhas-path:" + base64.urlsafe_b64encode(path.encode()).decode()
+
+
+class TestFileTools:
+    """The repository through the tools; what the paths may be is tested with Repository."""
+
+    def test_each_change_has_an_intent_and_an_outcome(self, make_server):
+        server = make_server()
+        first = server.call("write_file", path="n/a.txt", contents="one")
+        assert first["path"] == str(server.repo / "n/a.txt") and first["relativePath"] == "n/a.txt" and first["size"] == 3
+        second = server.call("append_file", path="n/a.txt", contents="two")
+        assert (server.repo / "n/a.txt").read_text() == "one\ntwo" and second["size"] == 7
+        third = server.call("update_file", path="n/a.txt", contents="three", expectSha256=second["sha256"])
+        moved = server.call("rename_file", **{"from": "n/a.txt", "to": "n/b.txt"})
+        assert moved["moved"] is True and not (server.repo / "n/a.txt").exists()
+        gone = server.call("delete_file", path="n/b.txt", expectSha256=third["sha256"])
+        assert gone | {"auditId": 0} == {"path": "n/b.txt", "deleted": True, "previousSha256": third["sha256"], "auditId": 0}
+        for tool, kind in (("write_file", "create"), ("append_file", "append"), ("update_file", "overwrite"),
+                           ("rename_file", "rename"), ("delete_file", "delete")):
+            (intent,), (outcome,) = audit_details(server, tool), audit_details(server, "file_" + kind)
+            assert (intent["phase"], intent["kind"], outcome["phase"]) == ("intent", kind, "done")
+            assert intent["oldSha256"] == outcome["oldSha256"] and intent["newSha256"] == outcome["newSha256"]
+        assert read_rows(server.db, "SELECT count(*) FROM file_intents") == [(0,)]
+        story = server.call("why", id="n/a.txt")
+        assert [re.search("action=([a-z_]+)", line)[1] for line in story.splitlines()] == [
+            "write_file", "file_create", "append_file", "file_append", "update_file", "file_overwrite", "rename_file", "file_rename"]
+        assert lm.verify_file(str(server.db)) is None
+
+    def test_a_refused_change_leaves_the_file_and_one_row(self, make_server):
+        server = make_server()
+        before = (server.repo / "README.md").read_bytes()
+        for tool, arguments in (
+                ("update_file", {"path": "README.md", "contents": "x", "expectSha256": "0" * 64}),
+                ("delete_file", {"path": "README.md", "expectSha256": "0" * 64}),
+                ("write_file", {"path": "README.md", "contents": "x"}),
+                ("create_file", {"path": "README.md", "contents": "x"}),
+                ("append_file", {"path": "README.md", "contents": "x", "expectSha256": "0" * 64}),
+                ("rename_file", {"from": "README.md", "to": "docs/guide.md"})):
+            text = server.call_error(tool, **arguments)
+            assert "README.md" in text or "docs/guide.md" in text or "sha" in text.lower()
+            wait_until(lambda: [one.get("outcome") for one in audit_details(server, tool)] == ["refused"], what=tool)
+        assert (server.repo / "README.md").read_bytes() == before
+        assert read_rows(server.db, "SELECT count(*) FROM file_intents") == [(0,)]
+
+    @pytest.mark.parametrize("tool", ["writeFile", "createFile"])
+    def test_the_camel_case_ones_answer_a_document_of_their_own(self, server, tool):
+        path = f"{tool}.txt"
+        good = server.call(tool, path=path, content="one")
+        assert good["success"] is True and good["operation"] == tool and good["relativePath"] == path
+        result = server.result(tool, {"path": path, "content": "two"})
+        document = json.loads(result["content"][0]["text"])
+        assert result["isError"] is True and document["success"] is False and document["operation"] == tool
+        assert path in document["error"] and (server.repo / path).read_text() == "one"
+        wait_until(lambda: any(one.get("outcome") == "refused" for one in audit_details(server, tool)), 5,
+                   "the refusal is on record, as with the other tools")
+        (server.repo / path).unlink()
+
+    def test_open_intents_are_decided_at_the_next_start(self, make_server):
+        """What a process that died had begun: done, not done, or changed by another hand."""
+        server = make_server(started=False)
+        digest = {text: hashlib.sha256(text.encode()).hexdigest() for text in ("old", "new")}
+        outcomes = {"new": "done", "old": "not done", "third": "unknown"}
+
+        async def die():
+            store = lm.Store(str(server.db), lm.SystemClock())
+            store.start()
+            for now in outcomes:
+                (server.repo / f"{now}.txt").write_text(now)
+                change = {"kind": "overwrite", "path": f"{now}.txt", "oldSha256": digest["old"], "newSha256": digest["new"], "size": 3}
+
+                def begin(tx, change=change):
+                    tx.open_intent(tx.record(make_record(1, change["path"], details={**change, "phase": "intent"})), change)
+                await store.write(begin)
+            await store.stop()
+        run_async(die())
+        server.start()
+        wait_until(lambda: read_rows(server.db, "SELECT count(*) FROM file_intents") == [(0,)])
+        found = {one["path"]: one for one in audit_details(server, "file_overwrite")}
+        assert {path: one["phase"] for path, one in found.items()} == {f"{now}.txt": outcome for now, outcome in outcomes.items()}
+        assert all("restart" in one["reason"] and one["intent"] for one in found.values())
+        assert all((server.repo / f"{now}.txt").read_text() == now for now in outcomes), "deciding changes nothing"
+
+    def test_fetch(self, make_server):
+        server = make_server(GITHUB_VIEW_BASE="https://example.org/blob/main/")
+        found = server.call("fetch", id=path_id("docs/guide.md"))
+        text = FILES["docs/guide.md"]
+        assert found["text"] == text and found["title"] == "guide.md"
+        assert found["url"] == "https://example.org/blob/main/docs/guide.md" and found["mimeType"] == "text/markdown"
+        assert found["metadata"]["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+        assert (found["metadata"]["size"], found["metadata"]["path"]) == (len(text), "docs/guide.md")
+        assert server.call("fetch", id=path_id("docs/guide.md").rstrip("="), fields=["text"]) == {
+            "id": path_id("docs/guide.md").rstrip("="), "text": text}
+        result = server.result("fetch", {"id": path_id("README.md")})
+        assert result["_meta"] == {"untrusted": True}
+        for bad in ("README.md", "lukhas-path:", "lukhas-path:!!!", "lukhas-path:" + "A" * 7, path_id("../outside/o.txt"),
+                    path_id("nope"), path_id("docs"), path_id(".git/config"), path_id("a\0b")):
+            assert server.call_error("fetch", id=bad)
+
+    def test_listing(self, server):
+        items = server.call("list_dir", path=".")["items"]
+        assert [one["path"] for one in items] == sorted(one["path"] for one in items)
+        assert {"type": "file", "path": "docs/guide.md"} in items
+        assert not any(one["path"].startswith(".git/") for one in items)
+        cut = server.call("list_dir", path=".", max=1)
+        assert len(cut["items"]) == 1 and cut["truncated"] is True
+        assert server.call("find_files", glob="*.md") == {
+            "items": [{"path": "README.md"}, {"path": "docs/guide.md"}], "truncated": False}
+        assert server.call("find_files", glob="") == {"items": [], "truncated": False}
+
+
+# ==============================================================================
+# 61. GitTools -- patches, commits, history and figures through a real server
+# uses: Front, Fakes, Tables, Git, Commits, Survey
+# ==============================================================================
+
+
+GUIDE_DIFF = "--- a/docs/guide.md\n+++ b/docs/guide.md\n@@ -1,4 +1,4 @@\n # guide\n \n-line two\n+line 2\n line three\n"
+
+
+def sha_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def with_author(server):
+    """The server's repository, with an author."""
+    git(server.repo, "config", "user.name", "Ada")
+    git(server.repo, "config", "user.email", "ada@example.org")
+    return server
+
+
+def call_in_thread(server, tool, arguments):
+    """Call a tool of a server that may die of something else in the meantime."""
+    def work():
+        with contextlib.suppress(OSError, http.client.HTTPException, AssertionError, ValueError):
+            server.result(tool, arguments)
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def kill_while(server, tool, arguments, delay_s):
+    """Kill a server some time after a call has begun to write its intent; tells whether one was left open."""
+    wal = pathlib.Path(f"{server.db}-wal")
+    before = wal.stat().st_mtime_ns, wal.stat().st_size
+    caller = call_in_thread(server, tool, arguments)
+    wait_until(lambda: (wal.stat().st_mtime_ns, wal.stat().st_size) != before, 10, "the intent")
+    time.sleep(delay_s)  # not in place of a condition: the moment of the kill
+    server.kill()
+    caller.join()
+    return bool(read_rows(server.db, "SELECT 1 FROM file_intents"))
+
+
+def temporary_files(server):
+    return [path for path in server.repo.rglob("*") if path.name.startswith((".mcp-tmp-", "mcp-index-")) or path.name == "index.lock"]
+
+
+@pytest.fixture(scope="module")
+def git_server(tmp_path_factory):
+    """A server whose repository has an author; each test leaves the files it changes committed or alone."""
+    one = Server(tmp_path_factory.mktemp("git-server"), {"LUKHAS_MCP_PROTECTED_BRANCHES": "release/*"}).start()
+    yield with_author(one)
+    one.stop()
+
+
+class TestGitTools:
+    """Through one server, but where it must die or lack something."""
+
+    def test_a_patch_is_tried_then_made(self, git_server):
+        server = git_server
+        path = server.repo / "docs/guide.md"
+        before, sha256 = path.read_bytes(), sha_of(path)
+        tried = server.call("apply_patch", path="docs/guide.md", patch=GUIDE_DIFF, expectSha256=sha256, dryRun=True)
+        assert path.read_bytes() == before and tried["dryRun"] is True and "auditId" not in tried
+        assert tried["diffstat"] == {"added": 1, "removed": 1, "hunks": 1} and tried["bytesWritten"] == 0
+        made = server.call("apply_patch", path="docs/guide.md", patch=GUIDE_DIFF, expectSha256=sha256)
+        assert (made["path"], made["previousSha256"], made["created"]) == ("docs/guide.md", sha256, False)
+        assert made["sha256"] == tried["sha256"] == sha_of(path) and made["bytesWritten"] == len(path.read_bytes())
+        text = server.call_error("apply_patch", path="docs/guide.md", patch=GUIDE_DIFF, expectSha256=sha256)
+        assert "docs/guide.md" in text and made["sha256"] in text  # the other agent is told what it is now
+        text = server.call_error("apply_patch", path="docs/guide.md", patch=GUIDE_DIFF, expectSha256=made["sha256"])
+        assert "hunk 1" in text and "'line two" in text and made["sha256"] in text
+        new = server.call("apply_patch", path="n/new.md", patch="@@ -0,0 +1,2 @@\n+one\n+two\n", expectSha256="", allowCreate=True)
+        assert new["created"] is True and new["previousSha256"] is None and (server.repo / "n/new.md").read_text() == "one\ntwo\n"
+        for arguments, words in (({"path": "../x"}, "../x"), ({"path": "none.md"}, "none.md"), ({"path": ".git/config"}, "Git's"),
+                                 ({"patch": "prose\n", "expectSha256": sha_of(server.repo / "README.md")}, "Invalid patch"), ({"path": "docs/guide.md", "expectSha256": ""}, "exists")):
+            assert words in server.call_error("apply_patch", **{"path": "README.md", "patch": GUIDE_DIFF, "expectSha256": "x"} | arguments)
+        assert "path" in server.call_error("apply_patch")
+
+    def test_two_agents_at_once_one_wins_and_one_is_told(self, git_server):
+        server = git_server
+        sha256, results = sha_of(server.repo / "README.md"), []
+        patches = [f"@@ -1,3 +1,3 @@\n # scratch\n \n-A small repository.\n+A repository of agent {number}.\n" for number in range(4)]
+        threads = [threading.Thread(target=lambda patch=patch: results.append(server.result(
+            "apply_patch", {"path": "README.md", "patch": patch, "expectSha256": sha256}))) for patch in patches]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        lost = [one for one in results if one.get("isError")]
+        assert len(lost) == 3 and all(one["_meta"]["error"]["sha256"] == sha_of(server.repo / "README.md") for one in lost)
+
+    def test_a_commit_is_answered_told_and_on_record(self, git_server):
+        server = git_server
+        git(server.repo, "commit", "-qam", "as the tests before left it")
+        (server.repo / "docs/guide.md").write_text("mine\n")
+        (server.repo / "staged.txt").write_text("of somebody else\n")
+        git(server.repo, "add", "staged.txt")
+        made = server.call("git_commit", message="golden commit", add=["docs"], signoff=True)
+        assert re.fullmatch("[0-9a-f]{40}", made["commit"]) and made["commit"] == git(server.repo, "rev-parse", "HEAD").strip()
+        assert (made["staged"], made["message"], made["stageAll"], made["branch"]) == (["docs/guide.md"], "golden commit", False, "main")
+        assert made["author"] == "Ada <ada@example.org>" and made["hooks"]["enabled"] is False
+        everything = server.call("git_commit", message="all", stageAll=True)
+        assert set(everything["staged"]) >= {"staged.txt", "link"} and any(name.startswith(".mcp-state.db") for name in everything["skipped"])
+        for arguments, words in (({"message": "again"}, "nothing"), ({"message": " ", "stageAll": True}, "message"), ({}, "message"),
+                                 ({"message": "m", "add": ["../x"]}, "../x"), ({"message": "m", "add": [".mcp-state.db"]}, "server"),
+                                 ({"message": "m", "stageAll": True, "branch": "release/1"}, "protected"),
+                                 ({"message": "m", "add": ["README.md"], "branch": "--force"}, "--force")):
+            assert words in server.call_error("git_commit", **arguments)
+        story = server.call("why", id=made["commit"])
+        assert "action=git_commit" in story and "action=file_commit" in story and lm.verify_file(str(server.db)) is None
+        assert read_rows(server.db, "SELECT count(*) FROM file_intents") == [(0,)]
+
+    def test_a_freeze_holds_commits_back(self, git_server):
+        server = git_server
+        (server.repo / "README.md").write_text("later\n")
+        server.call("freeze", reason="incident")
+        assert "froze" in server.call_error("git_commit", message="m", stageAll=True)
+        server.call("unfreeze")
+        assert server.call("git_commit", message="m", add=["README.md"])["staged"] == ["README.md"]
+
+    def test_history_is_marked_as_foreign_text(self, git_server):
+        server = git_server
+        (server.repo / "README.md").write_text("changed\n\nagain\n")
+        git(server.repo, "commit", "-qam", "changed")
+        (server.repo / "README.md").write_text("changed\n")
+        (server.repo / ".env").write_text("hunter2\n")
+        git(server.repo, "add", ".env")
+        for tool, arguments in (("git_status", {}), ("git_diff", {}), ("git_diff", {"staged": True}), ("git_diff", {"from": "HEAD", "path": "docs"}),
+                                ("git_log", {}), ("git_show", {"commit": "HEAD"}),
+                                ("git_show", {"commit": "HEAD", "path": "README.md", "contents": True}),
+                                ("get_code_analysis", {}), ("get_development_utilities", {})):
+            result = server.result(tool, arguments)
+            assert result["_meta"]["untrusted"] is True and not result.get("isError"), (tool, result)
+            assert "hunter2" not in str(result) and ".env" not in str(result)
+        assert server.call("git_diff")["hidden"] == 1
+        committed = git(server.repo, "show", "HEAD:README.md")
+        assert server.call("git_show", commit="HEAD", path="README.md", contents=True)["text"] == committed
+        assert server.call("git_show", commit="HEAD", path="README.md", contents=True, offset=1, limit=1)["text"] == "\n"
+        for tool, arguments, words in (("git_show", {"commit": "--output=x"}, "no revision"), ("git_diff", {"from": "none"}, "none"),
+                                       ("git_show", {"commit": "HEAD", "path": ".env", "contents": True}, "Secret"),
+                                       ("git_log", {"path": "../x"}, "../x"), ("git_diff", {"to": "HEAD", "staged": True}, "together")):
+            assert words in server.call_error(tool, **arguments)
+
+    def test_without_git_the_rest_works(self, make_server, tmp_path):
+        server = make_server(PATH=str(tmp_path))
+        for tool, arguments in (("git_status", {}), ("git_commit", {"message": "m", "stageAll": True}), ("git_log", {})):
+            assert "git is not installed" in server.call_error(tool, **arguments)
+        assert server.call("apply_patch", path="docs/guide.md", patch=GUIDE_DIFF, expectSha256=sha_of(server.repo / "docs/guide.md"))
+        assert server.call("get_code_analysis")["total_files"] >= 3
+
+    def test_the_four_figures_are_measured(self, make_server):
+        server = make_server(started=False)
+        lay_out(server.repo)
+        (server.repo / "lukhas.toml").write_text('[tasks.unit]\ncommand = ["true"]\n')
+        server.start()
+        infrastructure = server.call("get_infrastructure_status")
+        assert infrastructure["status"] == "operational" and infrastructure["total_tests"] == 6
+        assert "Dockerfile: 1" in infrastructure["infrastructure"] and infrastructure["process"]["uptime_s"] > 0
+        assert {"name": "Dockerfile", "path": "Dockerfile", "line": 2, "text": "FROM python:3.11"} in infrastructure["manifests"]
+        code = server.call("get_code_analysis")
+        assert code["health_score"] is None and code["code_quality"] is None and code["languages"]["Python"]["files"] == 10
+        utilities = server.call("get_development_utilities")
+        assert utilities["utilities"][:2] == ["eval unit", "make all"] and utilities["tools"]["linting"] == "ruff"
+        modules = server.call("get_module_structure")
+        assert (modules["total_modules"], modules["consciousness_modules"], modules["production_modules"]) == (13, 2, 1)
+        for document in (infrastructure, code, utilities, modules):
+            figures = set(document) - {"timestamp", "how", "computedAt", "computedInMs", "commit", "filesRead", "complete"}
+            assert document["quality_standard"] is None and document["complete"] is True and document["how"]["quality_standard"]
+            assert {name for name in figures if document[name] is None} <= set(document["how"]) | {"health_evidence"}
+
+    @pytest.mark.parametrize("tool", ["apply_patch", "git_commit", "undo_change"])
+    def test_a_kill_leaves_the_old_or_the_new(self, make_server, tool):
+        server = with_author(make_server())
+        path, opened = server.repo / "docs/guide.md", 0
+        path.write_text("".join(f"line {number}\n" for number in range(20_000)))
+        for number in range(KILLS):
+            if not server.is_alive:
+                server.start()
+            arguments = {"path": "docs/guide.md", "patch": f"@@ -1,1 +1,1 @@\n-{path.read_text().split(chr(10))[0]}\n+number {number}\n",
+                         "expectSha256": sha_of(path)}
+            if tool != "apply_patch":
+                made = server.call("apply_patch", **arguments)
+                arguments = {"auditId": made["auditId"]} if tool == "undo_change" else {"message": "m", "add": ["docs"]}
+            before = path.read_bytes(), git(server.repo, "rev-parse", "HEAD")
+            opened += kill_while(server, tool, arguments, (number % 20) * 0.001)
+            server.start()
+            wait_until(lambda: not read_rows(server.db, "SELECT 1 FROM file_intents"), 10, "the decision")
+            assert not temporary_files(server)
+            outcome = json.loads(read_rows(server.db, "SELECT payload_json FROM audits WHERE action LIKE 'file_%' ORDER BY id DESC LIMIT 1")[0][0])
+            is_new = before != (path.read_bytes(), git(server.repo, "rev-parse", "HEAD"))
+            assert path.read_bytes().count(b"\n") == 20_000 and outcome["phase"] in ("done", "not done", "refused")
+            if tool == "git_commit":
+                assert (git(server.repo, "status", "--short", "docs") == "") == is_new
+                git(server.repo, "fsck")
+            elif outcome["phase"] == "not done":
+                assert not is_new
+        assert KILLS < 200 or opened >= 20
+        assert lm.verify_file(str(server.db)) is None
+
+
+# ==============================================================================
+# 62. OpsTools -- evals, promotions and reasons, through a real server
+# uses: Front, Fakes, Tables, Chain
+# ==============================================================================
+
+
+@pytest.fixture(scope="module")
+def original_server(tmp_path_factory):
+    """A server on the database that the original left behind."""
+    one = Server(tmp_path_factory.mktemp("original"), {})
+    make_database(one.db, ORIGINAL_TABLES, ORIGINAL_ROWS, journal="wal")
+    one.start()
+    yield one
+    one.stop()
+
+
+@pytest.fixture(scope="module")
+def ops_server(tmp_path_factory):
+    """A server whose tests use ids of their own."""
+    one = Server(tmp_path_factory.mktemp("ops"), {}).start()
+    yield one
+    one.stop()
+
+
+def read_story(text):
+    """The lines of `why` as (action, actor, details); each must be in the grammar."""
+    lines = []
+    for line in text.splitlines():
+        match = re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d\] actor=(\S+) action=(\S+) details=(\{.*\})", line)
+        assert match and line.isascii(), line
+        lines.append((match[2], match[1], json.loads(match[3])))
+    return lines
+
+
+class TestOpsTools:
+    """What an agent asks."""
+
+    def test_the_originals_rows_answer(self, original_server):
+        ask = original_server.call
+        done = ask("status", jobId="job_0000000a")
+        assert (done["status"], done["result"]["metrics"], done["configId"]) == ("COMPLETED", {"accuracy": 0.91}, "cfg-1")
+        assert ask("status", jobId="job_0000000b")["status"] == "DRY_RUN"
+        lost = original_server.wait_for("status", jobId="job_0000000c")
+        assert lost["status"] == "FAILED" and lost["reason"] == "interrupted"
+        canary = ask("canary_status", canaryId="canary_0000000b")
+        assert canary["status"] == "PROMOTED" and canary["policy"]["targets"]["latency_p95_ms"] == 250
+        assert [one["latency_p95_ms"] for one in canary["samples"]] == [None, None]
+        assert ask("canary_status", canaryId="canary_0000000c")["status"] in ("PENDING", "FAILED", "ROLLED_BACK")
+        assert ask("abort_canary", canaryId="canary_0000000a")["alreadyFinal"] is True
+        math_of = ask("why_math", id="canary_0000000b")
+        assert math_of["thresholds"]["latency_p95_ms"] == 250 and set(math_of["observed"]) >= {"latency_p95_ms", "error_rate"}
+        assert ask("gate_status", gate="prod")["holder"] == {"modelId": "model-a", "promotedAt": "2025-06-01T10:01:00.000Z"}
+        assert len(ask("list_jobs")["jobs"]) == 3 and len(ask("list_canaries")["canaries"]) == 3
+
+    def test_the_originals_story(self, original_server):
+        story = read_story(original_server.call("why", id="model-a"))
+        assert [one[:2] for one in story][:3] == [("promote_model", "mcp"), ("canary_abort", "mcp"), ("canary_promote", "system")]
+        assert story[2][2]["metrics"] == {"latency_p95_ms": 137.8, "error_rate": 0.0037}
+        told = read_story(original_server.call("why", id="job_0000000a"))
+        assert [one[0] for one in told] == ["queued", "completed"] and "\u2192" in told[0][2]["message"]
+        assert original_server.call("why", id="model") == "No audit narrative found for: model"
+
+    def test_why_of_everything_that_happened(self, ops_server):
+        server = ops_server
+        job_id = server.call("run_eval", taskId="probe", configId="ci")["jobId"]
+        server.wait_for("status", jobId=job_id)
+        server.call("promote_model", modelId="m-1", gate="stage", reason="because\n[2020-01-01 00:00] actor=x action=forged details={}")
+        actions = [one[0] for one in read_story(server.call("why", id=job_id))]
+        assert len(actions) >= 3 and "run_eval" in actions[0] or actions
+        (story,) = read_story(server.call("why", id="m-1"))
+        assert story[0] == "promote_model" and story[1] == "anonymous" and "forged" not in story[2]["message"]
+        assert "forged" in story[2]["input"]["reason"] and "m-1" in story[2]["message"] and "stage" in story[2]["message"]
+        assert story in read_story(server.call("why", id="stage")), "by the gate too"
+        structured = server.result("why", {"id": "m-1"})["structuredContent"]
+        assert structured["events"][0]["details"] == story[2] and structured["id"] == "m-1"
+        for part in ("m-", "1", "m-1 ", "M-1", "%", "_"):
+            assert server.call("why", id=part) == f"No audit narrative found for: {part}"
+
+    def test_promotion(self, ops_server):
+        server = ops_server
+        dry = server.call("promote_model", modelId="p", gate="p-stage", dryRun=True)
+        assert (dry["changed"], dry["currentGates"], dry["promoted"], dry["promotedAt"]) == (True, [], False, None)
+        first = server.call("promote_model", modelId="p", gate="p-stage")
+        assert (first["changed"], first["currentGates"], first["promoted"]) == (True, ["p-stage"], True)
+        assert first["warnings"] and "gates.p-stage" in first["warnings"][0]
+        again = server.call("promote_model", modelId="p", gate="p-stage")
+        assert (again["changed"], again["promotedAt"]) == (False, first["promotedAt"])
+        assert server.call("promote_model", modelId="p", gate="p-prod")["currentGates"] == ["p-stage", "p-prod"]
+        assert server.call("promote_model", modelId=7, gate="p-prod")["modelId"] == "7"
+        assert len(read_story(server.call("why", id="p"))) == 2, "what changed nothing is no line"
+        assert server.call("gate_status", gate="p-prod")["models"] == ["p", "7"]
+        assert "p-stage" in server.call_error("gate_status", gate="p-stag")
+        assert server.call("gate_status", gate="p-prod")["holder"]["modelId"] == "7"
+
+    def test_the_operator_may_forbid_it_and_allow_it(self, make_server):
+        server = make_server(started=False)
+        (server.repo / "lukhas.toml").write_text("""
+            gates.slow.promote = "canary"
+            gates.asked.promote = "approve"
+            gates.tested.requires = ["eval:unit"]
+            gates.free.max_error_rate = 0.01
+            """)
+        server.start()
+        for gate, words in (("slow", ("canary", "start_canary")), ("asked", ("approve",)), ("tested", ("eval:unit",)),
+                            ("unknown", ("unknown", "slow", "free"))):
+            text = server.call_error("promote_model", modelId="m", gate=gate)
+            assert all(word in text for word in words), text
+        assert read_rows(server.db, "SELECT count(*) FROM model_gates") == [(0,)]
+        assert "warnings" not in server.call("promote_model", modelId="m", gate="free")
+        assert server.call("gate_status", gate="free")["limits"]["max_error_rate"] == 0.01
+
+    @pytest.mark.parametrize(("tool", "argument", "words"), [
+        ("status", "jobId", "Unknown jobId: x-1"), ("cancel_job", "jobId", "x-1"), ("canary_status", "canaryId", "Unknown canaryId: x-1"),
+        ("abort_canary", "canaryId", "x-1")])
+    def test_an_unknown_id_is_named(self, server, tool, argument, words):
+        assert words in server.call_error(tool, **{argument: "x-1"})
+
+    def test_two_writes_at_once_are_one_after_the_other(self, ops_server):
+        """A hundred promotions in one batch, each acknowledged, each with its row."""
+        server = ops_server
+        messages = [{"jsonrpc": "2.0", "id": at, "method": "tools/call",
+                     "params": {"name": "promote_model", "arguments": {"modelId": f"m{at}", "gate": "batch"}}} for at in range(100)]
+        answers = server.request("POST", "/mcp", json.dumps(messages), {"Content-Type": "application/json"}).json
+        assert [one["id"] for one in answers] == list(range(100))
+        assert all(one["result"]["structuredContent"]["changed"] for one in answers)
+        assert read_rows(server.db, "SELECT count(*) FROM model_gates WHERE gate='batch'") == [(100,)]
+        assert lm.verify_file(str(server.db)) is None
+
+    def test_observe(self, ops_server):
+        server = ops_server
+        for given, accepted in (({"requests": [{"latency_ms": 5, "ok": True}, {"latency_ms": 9, "ok": False}]}, 2),
+                                ({"latency_ms": [1, 2, 3], "errors": 1}, 3)):
+            answer = server.call("observe", gate="prod", modelId="m", **given)
+            assert answer == {"gate": "prod", "accepted": accepted, "durable": False}
+        for wrong in ({}, {"requests": []}, {"requests": [{"latency_ms": -1, "ok": True}]}, {"latency_ms": ["x"]},
+                      {"requests": [{"latency_ms": 1, "ok": True}], "latency_ms": [1]}, {"counts": {"requests": "x"}}):
+            text = server.call_error("observe", gate="prod", **wrong)
+            assert "requests" in text or "latency_ms" in text or "counts" in text, text
+
+
+# ==============================================================================
+# 63. RehearsalTools -- replay, backtest and the pages of canary_status through a real server
+# uses: Front, Fakes, Prometheus, Watch, Rehearsal
+# ==============================================================================
+
+
+class RangePrometheus(ScriptedPrometheus):
+    """Answers range queries as well, by `ranges`: query substring -> function of the time in seconds."""
+
+    ranges: dict = {}
+
+    def _handle(self, handler):
+        url = urlsplit(handler.path)
+        if not url.path.endswith("/api/v1/query_range"):
+            return super()._handle(handler)
+        asked = {name: values[0] for name, values in parse_qs(url.query).items()}
+        self.asked.append((asked["query"], asked["start"], dict(handler.headers)))
+        begin_s, end_s, step_s = (float(asked[name]) for name in ("start", "end", "step"))
+        value = next((answer for part, answer in self.ranges.items() if part in asked["query"]), None)
+        times = [begin_s + at * step_s for at in range(round((end_s - begin_s) / step_s) + 1)]
+        series = [{"metric": {}, "values": [[at_s, str(value(at_s))] for at_s in times]}] if value else []
+        self._answer(handler, {"status": "success", "data": {"resultType": "matrix", "result": series}})
+
+
+def make_history(folder):
+    """A database with three canaries to prod: promoted, rolled back, and one of 500 samples; their ids."""
+    async def work():
+        async with open_canaries(folder, canary_interval_seconds=10.0, with_counters=False) as canaries:
+            canaries.sampler.script = [(160.0, 0.0)]
+            good = await run_to_end(canaries, {"windowSeconds": 100})
+            canaries.sampler.script = [(160.0, 0.0)] * 4 + [(300.0, 0.0)]
+            bad = await run_to_end(canaries, {"windowSeconds": 100}, modelId="model-b")
+            canaries.sampler.script = [(160.0, 0.0)]
+            long = await run_to_end(canaries, {"windowSeconds": 5000}, modelId="model-c")
+            return good.canary_id, bad.canary_id, long.canary_id
+    return run_async(work(), 60)
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """A server on such a database, with a Prometheus that remembers prod, and the ids of the three canaries."""
+    folder = tmp_path_factory.mktemp("rehearsed")
+    ids = make_history(folder)
+    with RangePrometheus({}) as prometheus:
+        prometheus.ranges = {"histogram_quantile": lambda at_s: 330 if at_s // 100 % 20 == 0 else 160, "or vector(0)": lambda at_s: 0}
+        server = Server(folder, {"LUKHAS_MCP_DB": folder / "state.db", "PROM_URL": prometheus.url}).start()
+        yield server, ids
+        server.stop()
+
+
+class TestRehearsalTools:
+    """What an agent may try before it starts anything."""
+
+    def test_a_canary_is_replayed_and_stays_as_it_is(self, rehearsed):
+        server, (_, bad, _) = rehearsed
+        before = server.call("canary_status", canaryId=bad)
+        assert (before["status"], before["verdict"]["reason"]) == ("ROLLED_BACK", "breach_streak")
+        found = server.call("replay", canaryId=bad, policy={"targets": {"latency_p95_ms": 400}})
+        assert (found["decision"], found["tick"]) == ("UNDECIDED", None)
+        assert (found["was"]["decision"], found["was"]["tick"]) == ("ROLLED_BACK", before["samples"][-1]["tick"])
+        assert server.call("replay", canaryId=bad, policy={"breachTicks": 2})["tick"] == 5
+        assert server.call("canary_status", canaryId=bad) == before
+        assert "Unknown canaryId" in server.call_error("replay", canaryId="canary_none")
+        assert "unknown field policy.windowseconds" in server.call_error("replay", canaryId=bad, policy={"windowseconds": 1})
+
+    def test_the_past_of_a_gate_is_judged_by_the_policy_of_its_newest_canary(self, rehearsed):
+        server, _ = rehearsed
+        found = server.call("backtest", gate="prod", days=0.5, policy={"windowSeconds": 300})
+        assert found["windows"] == 144 and found["effectivePolicy"]["targets"]["latency_p95_ms"] == 250
+        assert 0 < found["rolledBack"] < 60 and found["proposal"]["targets"] == {"latency_p95_ms": 330}
+        assert "p95 <= 330 ms makes it 0" in found["summary"] and found["attribution"] == "gate"
+        assert "are both required" in server.call_error("backtest", gate="unknown", days=0.5)
+
+    def test_progress_of_a_backtest_is_told(self, rehearsed):
+        server, _ = rehearsed
+        message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+            "name": "backtest", "arguments": {"gate": "prod", "days": 2}, "_meta": {"progressToken": "p"}}}
+        answer = server.request("POST", "/mcp", json.dumps(message), {
+            "Content-Type": "application/json", "Accept": "application/json, text/event-stream"})
+        assert '"progressToken":"p"' in answer.text and "windows" in answer.text
+
+    def test_without_prometheus_there_is_no_past(self, server):
+        assert "PROM_URL is not set" in server.call_error("backtest", gate="prod", policy={"targets": {
+            "latency_p95_ms": 250, "max_error_rate": 0.01}})
+
+    def test_samples_come_in_pages_and_a_page_costs_the_same_anywhere(self, rehearsed):
+        server, (_, _, long) = rehearsed
+        newest = server.call("canary_status", canaryId=long, limit=10)
+        assert [one["tick"] for one in newest["samples"]] == list(range(491, 501))
+        assert (newest["sampleCount"], newest["nextAfterTick"]) == (500, None)
+        seen, after = [], 0
+        while after is not None:
+            page = server.call("canary_status", canaryId=long, limit=200, afterTick=after)
+            seen += [one["tick"] for one in page["samples"]]
+            after = page["nextAfterTick"]
+        assert seen == list(range(1, 501)) and page["verdict"]["decision"] == "promote"
+        assert server.call("canary_status", canaryId=long, afterTick=500)["samples"] == []
+
+    def test_a_page_is_found_without_reading_what_lies_before_it(self, tmp_path):
+        async def work():
+            async with open_store(tmp_path) as store:
+                await store.write(lambda tx: [tx.insert_canary(make_canary(at)) for at in (1, 2)])
+                one, two = store.list_canaries()
+
+                def fill(tx):
+                    for tick in range(1, 3001):  # ticks with gaps, two canaries' rows mixed
+                        tx.add_sample(one, sample_of(2 * tick, "g"))
+                        tx.add_sample(two, sample_of(3 * tick, "g"))
+                await store.write(fill)
+                for canary, factor in ((one, 2), (two, 3)):
+                    for after in (0, 1, 2, 3, 1000, 5999, 6000, 8999, 9000, 10**6):
+                        wanted = [tick for tick in range(factor, 3000 * factor + 1, factor) if tick > after][:3]
+                        assert [sample.tick for sample in store.load_samples(canary.canary_id, after, 3)] == wanted
+                    assert [sample.tick for sample in store.newest_samples(canary.canary_id, 2)] == [2999 * factor, 3000 * factor]
+                steps = []
+                store._connection.set_progress_handler(lambda: steps.append(1), 100)  # of 100 instructions of SQLite each
+                store.load_samples(one.canary_id, 5990, 3)
+                assert len(steps) < 600, len(steps)
+                with contextlib.closing(sqlite3.connect(tmp_path / "state.db")) as connection:
+                    connection.execute("UPDATE canary_metrics SET raw_data=NULL WHERE canary_id=?", (one.canary_id,))
+                    connection.commit()
+                assert [sample.tick for sample in store.load_samples(one.canary_id, 2997, 9)] == [2998, 2999, 3000]
+                assert [sample.tick for sample in store.newest_samples(one.canary_id, 2)] == [2999, 3000]
+        run_async(work(), 60)
+
+
+# ==============================================================================
+# 64. Undo -- what was done is taken back exactly, once, and never over somebody else's work
+# uses: Front, Fakes, Tables, Git, Commits
+# ==============================================================================
+
+
+@contextlib.asynccontextmanager
+async def open_services(repo):
+    """Services on a repository, and a function that calls tools as somebody: the document, or the error's."""
+    config = lm.load_config({}, clean_environ(LUKHAS_REPO_ROOT=repo, XDG_STATE_HOME=repo.parent / "xdg"))
+    services = lm.build_services(config, lm.SystemClock())
+    services.store.start()
+    services.broker.start(services.store)
+
+    async def call(actor, tool, session="", **arguments):
+        result = await lm.call_tool(services, lm.TOOLS[tool], arguments, lm.Principal(actor, "admin"),
+                                    {"session": session} if session else {})
+        return {**result["structuredContent"], "failed": bool(result.get("isError"))}
+    try:
+        yield services, call
+    finally:
+        await services.store.stop()
+
+
+def undo_story(repo, story):
+    """Run a story of calls."""
+    async def run():
+        async with open_services(repo) as (services, call):
+            return await story(services, call)
+    return run_async(run(), 60)
+
+
+def tree_of(repo):
+    """Every file that a tool may write, with its bytes."""
+    return {str(path.relative_to(repo)): path.read_bytes() for path in repo.rglob("*")
+            if path.is_file() and not path.is_symlink() and ".git" not in path.parts and not path.name.startswith(".mcp-")}
+
+
+PATHS = ("a.txt", "b.txt", "d/c.txt", "README.md", "docs/guide.md")
+DEEDS = st.lists(st.tuples(st.sampled_from(("write_file", "append_file", "delete_file", "rename_file", "apply_patch", "git_commit",
+                                            "promote_model", "undo_change")), st.sampled_from(PATHS), st.sampled_from(PATHS),
+                           st.sampled_from(("one\n", "two", "", "\0binary", "three\r\n"))), min_size=1, max_size=9)
+
+
+async def do_deed(repo, call, deed, made):
+    """One deed of an agent that does not always know what it does; what was made is noted."""
+    tool, path, other, text = deed
+    place = repo / path
+    sha256 = hashlib.sha256(place.read_bytes()).hexdigest() if place.is_file() else "0" * 64
+    first = place.read_text("latin-1").partition("\n")[0] if place.is_file() else ""
+    arguments = {
+        "write_file": {"path": path, "contents": text, "overwrite": True}, "append_file": {"path": path, "contents": text},
+        "delete_file": {"path": path, "expectSha256": sha256}, "rename_file": {"from": path, "to": other, "overwrite": True},
+        "apply_patch": {"path": path, "patch": f"@@ -1 +1 @@\n-{first}\n+patched {text.strip()}\n", "expectSha256": sha256},
+        "git_commit": {"message": f"commit {len(made)}", "stageAll": True} if text else {"message": "m", "add": [path], "branch": "aside"},
+        "promote_model": {"modelId": f"model-{text.strip()[:3]}".strip("-"), "gate": path.partition(".")[0]},
+        "undo_change": {"auditId": made[-1] if made else 1}}[tool]
+    if tool == "promote_model" and "\0" in text:
+        arguments["modelId"] = "model-x"
+    answer = await call("agent", tool, **arguments)
+    if not answer["failed"] and "auditId" in answer:
+        made.append(answer["auditId"])
+
+
+class TestUndo:
+    """Changes taken back one by one, and all of an actor."""
+
+    @hypothesis.given(DEEDS)
+    @hypothesis.settings(max_examples=8, suppress_health_check=list(hypothesis.HealthCheck))
+    def test_an_undo_gives_back_what_was_and_its_undo_what_came(self, changed_repository, tmp_path_factory, deeds):
+        folder = tmp_path_factory.mktemp("undo")
+        repo = make_repository(folder)
+
+        async def story(services, call):
+            start, gates = tree_of(repo), services.store.known_gates()
+            made = []
+            for deed in deeds:
+                await do_deed(repo, call, deed, made)
+            end = tree_of(repo), git(repo, "rev-parse", "HEAD^{tree}")
+            holders = {gate: services.store.holder_of(gate) for gate in services.store.known_gates()}
+            listed = await call("operator", "undo", actor="agent", dryRun=True)
+            assert tree_of(repo) == end[0] and listed["undone"] == 0
+            done = await call("operator", "undo", actor="agent")
+            assert not done["failed"] and done["complete"] and len(done["changes"]) == len(listed["changes"]), done
+            assert tree_of(repo) == start and git(repo, "diff", "HEAD", "--stat") == "" and services.store.known_gates() == gates
+            assert (await call("operator", "undo", actor="agent"))["changes"] == []
+            back = await call("chief", "undo", actor="operator")
+            assert not back["failed"] and back["undone"] == done["undone"], back
+            assert (tree_of(repo), git(repo, "rev-parse", "HEAD^{tree}")) == end
+            assert {gate: (one or {}).get("modelId") for gate, one in holders.items()} == {
+                gate: (services.store.holder_of(gate) or {}).get("modelId") for gate in holders}
+            assert (await call("operator", "undo", actor="chief"))["complete"] and tree_of(repo) == start
+        undo_story(repo, story)
+        assert lm.verify_file(str(repo / ".mcp-state.db")) is None and not temporary_files(Server(folder))
+        git(repo, "fsck")
+
+    def test_one_change_of_each_kind(self, repo):
+        async def story(services, call):
+            start = tree_of(repo)
+            sha256 = hashlib.sha256(FILES["docs/guide.md"].encode()).hexdigest()
+            for tool, arguments in (
+                    ("create_file", {"path": "n.txt", "contents": "n"}), ("write_file", {"path": "README.md", "contents": "x", "overwrite": True}),
+                    ("append_file", {"path": "README.md", "contents": "more"}), ("rename_file", {"from": "README.md", "to": "src/app.py", "overwrite": True}),
+                    ("rename_file", {"from": "new.txt", "to": "deep/er/new.txt"}),
+                    ("delete_file", {"path": "docs/guide.md", "expectSha256": hashlib.sha256((repo / "docs/guide.md").read_bytes()).hexdigest()}),
+                    ("writeFile", {"path": "README.md", "content": "y", "overwrite": True})):
+                made = await call("agent", tool, **arguments)
+                changed = tree_of(repo)
+                undone = await call("operator", "undo_change", auditId=made["auditId"])
+                assert not undone["failed"] and undone["kind"] == "file" and undone["outcome"] == "undone", (tool, undone)
+                assert tree_of(repo) == start != changed, tool
+                again = await call("operator", "undo_change", auditId=made["auditId"])
+                assert again["failed"] and f"undone already, by audit {undone['auditId']}" in again["error"]
+                redone = await call("operator", "undo_change", auditId=undone["auditId"] + 1)  # the row of the outcome serves too
+                assert not redone["failed"] and tree_of(repo) == changed, (tool, redone)
+                await call("operator", "undo_change", auditId=made["auditId"])
+                assert tree_of(repo) == start
+            assert sha256
+        undo_story(repo, story)
+
+    def test_a_commit_is_taken_back_and_the_files_stay(self, configured):
+        async def story(services, call):
+            made = await call("agent", "git_commit", message="oh no", add=["README.md"])
+            undone = await call("operator", "undo_change", auditId=made["auditId"])
+            assert undone["kind"] == "commit" and "work tree keeps" in undone["note"] and not undone["failed"]
+            assert git(configured, "log", "--format=%s").splitlines() == ['Revert "oh no"', "oh no", "start"]
+            body = git(configured, "log", "-1", "--format=%b")
+            assert made["commit"] in body and "operator" in body and str(made["auditId"]) in body
+            assert short_status(configured).startswith(" M README.md") and (configured / "README.md").read_text().endswith("y!\n")
+            rows = [row for row in services.store.load_audits(f"audit:{made['auditId']}")]
+            assert rows and rows[0].action == "undo_change" and rows[0].actor == "operator"
+        undo_story(configured, story)
+
+    def test_what_has_moved_on_is_refused_with_the_reason(self, repo):
+        async def story(services, call):
+            made = await call("agent", "write_file", path="README.md", contents="agent\n", overwrite=True)
+            (repo / "README.md").write_text("a person\n")
+            refused = await call("operator", "undo_change", auditId=made["auditId"])
+            now = hashlib.sha256(b"a person\n").hexdigest()
+            assert refused["failed"] and refused["reason"] == "conflict" and now in refused["error"]
+            (repo / "README.md").unlink()
+            assert "does not exist" in (await call("operator", "undo_change", auditId=made["auditId"]))["error"]
+            new = await call("agent", "create_file", path="n.txt", contents="n")
+            gone = await call("agent", "delete_file", path="n.txt", expectSha256=new["sha256"])
+            (repo / "n.txt").write_text("somebody else's")
+            refused = await call("operator", "undo_change", auditId=gone["auditId"])
+            assert refused["failed"] and "exists" in refused["error"] and (repo / "n.txt").read_text() == "somebody else's"
+            moved = await call("agent", "rename_file", **{"from": "new.txt", "to": "m.txt"})
+            (repo / "m.txt").write_text("changed since")
+            assert "m.txt has been changed since" in (await call("operator", "undo_change", auditId=moved["auditId"]))["error"]
+        undo_story(repo, story)
+
+    def test_what_cannot_be_undone_says_why(self, repo):
+        async def story(services, call):
+            large = await call("agent", "write_file", path="big.txt", contents="x" * (2**20 + 1))
+            await call("agent", "append_file", path="big.txt", contents="y")
+            grown = services.store.audits_of("agent", "", 2**62, 9)[1].audit_id
+            await call("agent", "write_file", path="README.md", contents="x")  # refused: it exists
+            refused_id = services.store.audits_of("agent", "", 2**62, 9)[0].audit_id
+            for audit_id, words in ((99999, "Unknown auditId"), (refused_id, "nothing that can be undone"), (grown, "not kept any more")):
+                answer = await call("operator", "undo_change", auditId=audit_id)
+                assert answer["failed"] and words in answer["error"], answer
+            assert large["size"] == 2**20 + 1
+            stale = await call("agent", "git_commit", message="m", add=["README.md"])
+            (repo / ".git/refs/heads/main.lock").write_text("")
+            assert (await call("agent", "git_commit", message="m", add=["new.txt"]))["failed"]
+            lost = services.store.audits_of("agent", "", 2**62, 1)[0].audit_id
+            (repo / ".git/refs/heads/main.lock").unlink()
+            intent = next(row for row in services.store.audits_of("agent", "", lost, 9) if '"intent"' in row.payload and '"commit"' in row.payload)
+            assert "not carried out" in (await call("operator", "undo_change", auditId=intent.audit_id))["error"]
+            assert not stale["failed"]
+        undo_story(repo, story)
+
+    def test_gates_go_back_to_who_held_them(self, repo):
+        async def story(services, call):
+            def holder():
+                return (services.store.holder_of("prod") or {}).get("modelId")
+            made = []
+            for model in ("one", "two", "three"):
+                await call("agent", "promote_model", modelId=model, gate="prod")
+                made.append(services.store.audits_of("agent", "", 2**62, 1)[0].audit_id)
+            refused = await call("operator", "undo_change", auditId=made[0])
+            assert refused["failed"] and "three holds it" in refused["error"]
+            undone = await call("operator", "undo_change", auditId=made[2])
+            assert not undone["failed"] and undone["kind"] == "gate" and holder() == "two"
+            assert not (await call("operator", "undo_change", auditId=undone["auditId"]))["failed"] and holder() == "three"
+            done = await call("operator", "undo", actor="agent")
+            assert [one["what"] for one in done["changes"]] == ["gate prod to three", "gate prod to two", "gate prod to one"]
+            assert done["complete"] and holder() is None and services.store.models_at("prod") == []
+            assert (await call("chief", "undo", actor="operator"))["complete"] and holder() == "three"
+        undo_story(repo, story)
+
+    def test_it_stops_at_the_first_conflict_and_names_it(self, repo):
+        async def story(services, call):
+            first = await call("agent", "write_file", path="a.txt", contents="1")
+            await call("other", "write_file", path="a.txt", contents="other", overwrite=True)
+            await call("agent", "write_file", path="b.txt", contents="2")
+            done = await call("operator", "undo", actor="agent")
+            assert done["failed"] and done["undone"] == 1 and not done["complete"]
+            assert done["conflict"]["auditId"] == first["auditId"] and "a.txt" in done["error"]
+            assert [one["outcome"] for one in done["changes"]] == ["undone", "conflict"]
+            assert (repo / "a.txt").read_text() == "other" and not (repo / "b.txt").exists()
+            summary = [row for row in services.store.audits_of("operator", "", 2**62, 9) if "took back 1 of 2" in row.payload]
+            assert len(summary) == 1
+        undo_story(repo, story)
+
+    def test_only_an_actors_session_and_time(self, repo):
+        async def story(services, call):
+            for name, session in (("a", "s-1"), ("b", "s-2"), ("c", "")):
+                await call("agent", "write_file", path=f"{name}.txt", contents=name, session=session)
+            await call("other", "write_file", path="d.txt", contents="d", session="s-1")
+            listed = await call("operator", "undo", actor="agent", session="s-1")
+            assert [one["what"] for one in listed["changes"]] == ["create a.txt"] and not (repo / "a.txt").exists()
+            later = lm.utc_text(services.clock.now_s() + 1)
+            assert (await call("operator", "undo", actor="agent", since=later))["changes"] == []
+            newest = await call("operator", "undo", actor="agent", limit=1)
+            assert [one["what"] for one in newest["changes"]] == ["create c.txt"] and newest["complete"] is False
+            assert sorted(path.name for path in repo.glob("?.txt")) == ["b.txt", "d.txt"]
+            assert "since is 'soon'" in (await call("operator", "undo", actor="agent", since="soon"))["error"]
+        undo_story(repo, story)
+
+    @pytest.mark.parametrize("text, expected", [
+        ("90m", 1_000_000 - 5400), ("12h", 1_000_000 - 43200), ("30d", 1_000_000 - 30 * 86400), ("1w", 1_000_000 - 604800), ("5s", 999_995),
+        ("1970-01-12T00:00:00Z", 950_400), (" 1970-01-12 ", 950_400)])
+    def test_since_when(self, text, expected):
+        assert lm.parse_since(text, 1_000_000.0) == lm.utc_text(expected)
+
+    @pytest.mark.parametrize("text", ["", "h", "0h", "-1h", "1.5h", "99999d", "yesterday", "1h\0"])
+    def test_since_never(self, text):
+        with pytest.raises(lm.InvalidArguments, match="90m, 12h or 30d"):
+            lm.parse_since(text, 1_000_000.0)
+
+    def test_a_canary_of_the_actor_that_was_promoted_is_taken_back(self, repo):
+        async def story(services, call):
+            canary = make_canary(1, actor="agent", to_gate="prod", model_id="m", status=lm.CanaryStatus.PROMOTED,
+                                 updated_at=lm.utc_text(services.clock.now_s()))
+
+            def promoted(tx):
+                tx.insert_canary(canary)
+                tx.record(lm.AuditRecord(lm.Actor("agent", {"session": "s-1"}), "canary_start", (canary.canary_id, "m"), "started"))
+                tx.promote("m", "prod", kind="canary", change_id=canary.canary_id)
+                for _ in range(1100):
+                    tx.record(lm.AuditRecord(lm.SYSTEM_ACTOR, "canary_sample", (canary.canary_id,), "sampled"))
+                details = {"canaryId": canary.canary_id, "modelId": "m", "toGate": "prod"}
+                tx.record(lm.AuditRecord(lm.SYSTEM_ACTOR, "canary_promote", (canary.canary_id, "m", "prod"), "promoted", details))
+            await services.store.write(promoted)
+            assert (await call("operator", "undo", actor="agent", session="s-2"))["changes"] == []
+            done = await call("operator", "undo", actor="agent", session="s-1")
+            assert done["undone"] == 1 and services.store.holder_of("prod") is None
+        undo_story(repo, story)
+
+    def test_from_the_command_line_beside_a_running_server(self, git_server):
+        path, start = git_server.repo / "cli.txt", git(git_server.repo, "rev-parse", "HEAD^{tree}")
+        git_server.call("write_file", path="cli.txt", contents="x")
+        git_server.call("git_commit", message="cli", add=["cli.txt"])
+
+        def run(*words):
+            return subprocess.run([*git_server.command, str(PROGRAM), "undo", "--actor", "anonymous", *words], capture_output=True, text=True,
+                                  env=clean_environ(**git_server.settings), timeout=30)
+        listed = run("--dry-run", "--since", "1h")
+        assert listed.returncode == 0 and "create cli.txt" in listed.stdout and "would be undone" in listed.stdout and path.exists()
+        at = re.search(r"\d{4}-\S+Z(?=  would be undone  create cli)", listed.stdout)[0]
+        done = run("--since", at)
+        assert done.returncode == 0 and not path.exists(), (done.stdout, done.stderr)
+        assert git(git_server.repo, "rev-parse", "HEAD^{tree}") == start
+        git_server.call("write_file", path="cli.txt", contents="again")
+        path.write_text("moved on")
+        stopped = run("--since", at)
+        assert stopped.returncode == 1 and "stopped at audit" in stopped.stderr and path.read_text() == "moved on"
+        assert run("--since", "soon").returncode != 0
+        path.unlink()
+
+
+# ==============================================================================
+# 65. GateTools -- gates at a real server: limits, hooks, reverts, freezes, stops without commits, kill -9
+# uses: Front, Fakes, Hooks
+# ==============================================================================
+
+
+GATES_TOML = """
+[tasks.unit]
+command = ["true"]
+[tasks.never]
+command = ["false"]
+[gates.open]
+[gates.tested]
+requires = ["eval:unit"]
+[gates.untestable]
+requires = ["eval:never"]
+[gates.canaried]
+promote = "canary"
+[gates.approved]
+promote = "approve"
+[hooks.mesh]
+url = "{url}"
+secret_file = "hook.secret"
+[hooks.pager]
+kind = "notify"
+url = "{pager}"
+[defaults]
+onPromote = "mesh"
+onRollback = "mesh"
+"""
+FAST_POLICY = {"mode": "bake", "windowSeconds": 20, "intervalSeconds": 10, "warmupSeconds": 0, "minRequests": 0,
+               "targets": {"latency_p95_ms": 9000, "max_error_rate": 1}}
+
+
+def start_gates(make_server, receiver, text=GATES_TOML, pager="http://127.0.0.1:1/", **settings):
+    """A server with that lukhas.toml."""
+    made = make_server(started=False, **settings)
+    (made.repo / "lukhas.toml").write_text(text.replace("{url}", receiver.url).replace("{pager}", pager))
+    (made.repo / "hook.secret").write_text("s3cret")
+    return made.start()
+
+
+@contextlib.contextmanager
+def locked(server):
+    """While another process writes for long, no commit of ours works."""
+    with contextlib.closing(sqlite3.connect(server.db, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        finally:
+            other.execute("ROLLBACK")
+
+
+class TestGateTools:
+    """promote_model, gate_status, revert_promotion, freeze, unfreeze."""
+
+    def test_a_promotion_arrives_signed_and_is_taken_back_once(self, make_server):
+        with Receiver(200) as receiver:
+            server = start_gates(make_server, receiver)
+            first = server.call("promote_model", modelId="m1", gate="open")
+            second = server.call("promote_model", modelId="m2", gate="open", reason="friday")
+            assert (first["changed"], second["changed"], second["actuation"]) == (True, True, "pending")
+            assert server.call("promote_model", modelId="m2", gate="open")["changed"] is False
+            wait_until(lambda: server.call("gate_status", gate="open")["actuation"] == "done")
+            headers, body, _ = receiver.calls[1]
+            assert headers["Idempotency-Key"] == second["promotionId"] + "/promote"
+            assert headers["X-Canary-Signature"] == lm.sign(b"s3cret", headers["X-Canary-Timestamp"], body)
+            assert json.loads(body)["holder"] == "m2"
+            gate = server.call("gate_status", gate="open")
+            assert (gate["holder"]["modelId"], gate["previous"], [one["modelId"] for one in gate["history"]]) == (
+                "m2", "m1", ["m2", "m1"])
+            with server.sse("model/m2") as stream:
+                done = server.call("revert_promotion", gate="open", reason="slow")
+                assert (done["from"], done["to"], done["changed"]) == ("m2", "m1", True)
+                stream.until_event("reverted")
+            assert server.call("revert_promotion", gate="open")["changed"] is False
+            wait_until(lambda: len(receiver.calls) == 3)
+            assert receiver.keys[2] == done["revertId"] + "/rollback" and receiver.bodies()[2]["holder"] == "m1"
+            gate = server.call("gate_status", gate="open")
+            assert (gate["holder"]["modelId"], gate["history"][0]["kind"]) == ("m1", "revert")
+            assert "never held the gate open" in server.call_error("revert_promotion", gate="open", to="m9")
+            assert server.call("revert_promotion", gate="open", to="m2")["to"] == "m2"
+            assert "action=revert_promotion" in server.call("why", id="open")
+            assert server.stop() == 0
+
+    @pytest.mark.parametrize("gate, told", [
+        ("opne", 'none of lukhas.toml and no model ever held it; did you mean "open"?'),
+        ("tested", "gate tested requires eval:unit, and no such eval of m1 has COMPLETED"),
+        ("canaried", 'says promote = "canary"; use start_canary'),
+        ("approved", 'says promote = "approve"; use start_canary; at the end of its window another key')])
+    def test_promote_model_obeys_the_table(self, gates_server, gate, told):
+        assert told in gates_server.call_error("promote_model", modelId="m1", gate=gate)
+        assert told in gates_server.call_error("promote_model", modelId="m1", gate=gate, dryRun=True)
+
+    def test_an_eval_of_this_model_opens_the_gate(self, gates_server):
+        for task, gate, status in (("unit", "tested", "COMPLETED"), ("never", "untestable", "FAILED")):
+            for model in ({"modelId": "n2"}, {}):
+                job = gates_server.call("run_eval", taskId=task, configId="ci", **model)
+                assert job.get("modelId") == model.get("modelId")
+                assert gates_server.wait_for("status", jobId=job["jobId"])["status"] == status
+            assert "no such eval of n1" in gates_server.call_error("promote_model", modelId="n1", gate=gate)
+        assert gates_server.call("promote_model", modelId="n2", gate="tested")["changed"] is True
+        assert "no such eval of n2" in gates_server.call_error("promote_model", modelId="n2", gate="untestable")
+        assert "action=eval_completed" in gates_server.call("why", id="n2")
+
+    def test_without_a_table_the_answer_warns_with_the_nearest_name(self, server):
+        server.call("promote_model", modelId="w1", gate="warned-gate")
+        told = server.call("promote_model", modelId="w1", gate="warned-gaet")["warnings"]
+        assert 'the gate warned-gaet has no operator limits' in told[0] and 'did you mean "warned-gate"?' in told[0]
+        assert 'did you mean "warned-gate"?' in server.call_error("gate_status", gate="warned-gat")
+
+    def test_a_freeze_is_the_admins_and_outlives_a_restart(self, make_server):
+        with Receiver(200) as receiver:
+            server = start_gates(make_server, receiver, key="op-secret",
+                                 LUKHAS_MCP_API_KEYS="boss:admin:boss-secret,op:operator:op-secret")
+            assert "needs the role admin" in server.call_error("freeze")
+            server.key = "boss-secret"
+            assert "until is soon" in server.call_error("freeze", until="soon")
+            frozen = server.call("freeze", reason="incident", until="3d")
+            assert (frozen["frozen"], frozen["by"]) == (True, "boss")
+            server.key = "op-secret"
+            server.restart()
+            assert "a promotion is refused: boss froze this server" in server.call_error("promote_model", modelId="m",
+                                                                                         gate="open")
+            assert "a new canary is refused" in server.call_error(
+                "start_canary", modelId="m", fromGate="a", toGate="open", policy=FAST_POLICY)
+            assert server.call("gate_status", gate="open")["frozen"]["reason"] == "incident"
+            assert "needs the role admin" in server.call_error("unfreeze")
+            server.key = "boss-secret"
+            assert server.call("unfreeze")["changed"] is True
+            assert server.call("promote_model", modelId="m", gate="open")["changed"] is True
+            assert server.stop() == 0
+
+    def test_the_command_line_freezes_a_running_server(self, make_server):
+        server = make_server()
+
+        def run(*words):
+            return subprocess.run([*server.command, str(server.program), *words], cwd=server.repo, capture_output=True,
+                                  text=True, env=clean_environ(**server.settings))
+        done = run("freeze", "--reason", "holiday", "--until", "12h")
+        assert done.returncode == 0 and json.loads(done.stdout)["by"] == "cli", done.stderr
+        assert "cli froze this server" in server.call_error("promote_model", modelId="m", gate="g")
+        assert json.loads(run("unfreeze").stdout) == {"frozen": False, "changed": True}
+        assert server.call("promote_model", modelId="m", gate="g")["changed"] is True
+        done = run("freeze", "--until", "never")
+        assert done.returncode == 2 and "until is never" in done.stderr
+        with locked(server):
+            done = run("freeze")
+            assert done.returncode == 1 and "locked" in done.stderr
+
+    def test_stopping_works_while_nothing_can_be_committed(self, make_server):
+        with Receiver(200) as receiver:
+            server = start_gates(make_server, receiver, LUKHAS_MCP_SLO="stub")
+            for model in ("m1", "m2"):
+                server.call("promote_model", modelId=model, gate="open")
+            wait_until(lambda: len(receiver.calls) == 2)
+            started = [server.call("start_canary", modelId="m3", fromGate="a", toGate=gate, policy=FAST_POLICY)["canaryId"]
+                       for gate in ("open", "tested-not", "canaried") if gate != "tested-not"]
+            answers = {}
+
+            def stop(tool, **arguments):
+                answers[tool] = server.call(tool, **arguments)
+            with locked(server):
+                threads = [threading.Thread(target=stop, args=(tool,), kwargs=arguments) for tool, arguments in (
+                    ("abort_canary", {"canaryId": started[0]}), ("pause_canary", {"canaryId": started[1]}),
+                    ("revert_promotion", {"gate": "open"}), ("freeze", {"reason": "now"}))]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join(30)
+                assert {tool: answer["durable"] for tool, answer in answers.items()} == dict.fromkeys(answers, False)
+                assert len(answers) == 4 and "stored" in answers["abort_canary"]["warnings"][0]
+                assert answers["abort_canary"]["status"] == "ROLLED_BACK" and answers["revert_promotion"]["to"] == "m1"
+                assert server.call("canary_status", canaryId=started[0])["pendingStop"] == "abort"
+                assert "froze this server" in server.call_error("promote_model", modelId="m9", gate="open")
+                wait_until(lambda: len(receiver.calls) >= 4)  # the rollback hooks did not wait for the database
+            wait_until(lambda: server.call("gate_status", gate="open")["holder"]["modelId"] == "m1")
+            wait_until(lambda: server.call("canary_status", canaryId=started[0])["status"] == "ROLLED_BACK")
+            wait_until(lambda: server.call("canary_status", canaryId=started[1])["status"] == "PAUSED")
+            wait_until(lambda: server.call("gate_status", gate="open")["frozen"])
+            assert server.stop() == 0
+
+    def test_a_killed_server_delivers_when_it_is_back(self, make_server):
+        with Receiver(503) as receiver, Receiver(200) as pager:
+            server = start_gates(make_server, receiver, pager=pager.url)
+            server.call("promote_model", modelId="m1", gate="open")
+            wait_until(lambda: receiver.calls)
+            change_id = server.call("revert_promotion", gate="open")["revertId"]
+            wait_until(lambda: change_id + "/rollback" in receiver.keys)
+            server.process.send_signal(signal.SIGKILL)
+            server.process.wait()
+            receiver.script = [200]
+            sent = len(receiver.calls)
+            server.restart()
+            wait_until(lambda: change_id + "/rollback" in receiver.keys[sent:], 20)
+            wait_until(lambda: server.call("gate_status", gate="open")["actuation"] == "done")
+            notice = wait_until(lambda: next((one for one in pager.bodies() if one["event"] == "reverted"), None), 20)
+            assert notice["text"] == "anonymous took open back from m1; nobody held it before"
+            assert server.stop() == 0
+
+    def test_a_canary_ends_with_its_hook_and_says_so(self, make_server):
+        with Receiver(200) as receiver:
+            server = start_gates(make_server, receiver, LUKHAS_MCP_SLO="stub", CANARY_INTERVAL_SECONDS="10")
+            canary_id = server.call("start_canary", modelId="m1", fromGate="a", toGate="canaried",
+                                    policy=FAST_POLICY)["canaryId"]
+            assert server.call("canary_status", canaryId=canary_id)["actuation"] == "none"
+            assert "no onStart hook is set, so anonymous, who started it" in server.call("why", id=canary_id)
+            with server.sse(f"canary/{canary_id}") as stream:
+                server.call("abort_canary", canaryId=canary_id)
+                stream.until(lambda frame: frame.event == "actuation" and frame.json["actuation"] == "done")
+                names = [frame.event for frame in stream.frames]
+                assert names.index("rolled_back") < names.index("actuation")
+            found = server.call("canary_status", canaryId=canary_id)
+            assert (found["actuation"], found["deliveries"][0]["state"]) == ("done", "done")
+            assert receiver.keys == [canary_id + "/rollback"]
+
+
+@pytest.fixture(scope="module")
+def gates_server(make_server):
+    """A server with a table of gates that some tests share."""
+    with Receiver(200) as receiver:
+        yield start_gates(make_server, receiver)
+
+
+# ==============================================================================
+# 66. Catalog -- resources and prompts: found, refused, completed
+# uses: Front, Fakes
+# ==============================================================================
+
+
+COMPLETED = {"jobId": "job_", "canaryId": "canary_", "modelId": "", "gate": "", "taskId": "", "configId": "", "id": ""}
+
+
+class TestCatalog:
+    """Every resource and prompt is found by its name, and every argument of theirs can be completed."""
+
+    @pytest.mark.parametrize(("uri", "template", "values"), [
+        ("lukhas://job/job_1", "lukhas://job/{id}", {"id": "job_1"}), ("lukhas://model/a%2Fb", "lukhas://model/{id}", {"id": "a/b"}),
+        ("lukhas://file/docs/a%20b.md", "lukhas://file/{+path}", {"path": "docs/a b.md"}),
+        ("lukhas://file/a.md#L1-L2", "lukhas://file/{+path}", {"path": "a.md#L1-L2"}), ("lukhas://audit/a:b@c", "lukhas://audit/{id}", {"id": "a:b@c"})])
+    def test_a_uri_is_matched_by_its_template(self, uri, template, values):
+        found, given = lm.find_resource(uri)
+        assert (found.uri, given) == (template, values)
+
+    @pytest.mark.parametrize("uri", ["", "lukhas://", "lukhas://job/", "lukhas://job/a/b", "lukhas://nope/x", "file:///etc/passwd", "LUKHAS://job/x",
+                                     "lukhas://job/x?y=1", "xlukhas://job/x"])
+    def test_a_foreign_uri_is_none(self, uri):
+        assert lm.find_resource(uri) is None
+
+    @pytest.mark.parametrize("uri", [None, 5, [], {}, "x" * 9000])
+    def test_no_uri_at_all(self, uri):
+        with pytest.raises(lm.InvalidParams):
+            lm.find_resource(uri)
+
+    @pytest.mark.parametrize(("name", "arguments", "named"), [
+        ("nope", {}, "nope"), (None, {}, "None"), (["x"], {}, "x"), ("investigate_canari", {}, "investigate_canary"),
+        ("investigate_canary", {}, "canaryId"), ("investigate_canary", {"canaryId": ""}, "canaryId"),
+        ("investigate_canary", {"canaryId": 5}, "texts"), ("investigate_canary", [], "texts"), ("plan_promotion", {"modelId": "x"}, "gate")])
+    def test_a_wrong_prompt_says_what_is_right(self, name, arguments, named):
+        with pytest.raises(lm.InvalidParams, match=named):
+            lm.find_prompt(name, arguments)
+
+    def test_a_second_declaration_or_one_without_a_docstring_is_refused(self):
+        async def resource_x(services, inquiry):
+            return {}
+        with pytest.raises(ValueError, match="docstring"):
+            lm.resource("lukhas://x", name="x", title="x")(resource_x)
+        with pytest.raises(ValueError, match="docstring"):
+            lm.prompt("x", title="x")(resource_x)
+        resource_x.__doc__ = "Something."
+        with pytest.raises(ValueError, match="twice"):
+            lm.resource("lukhas://job/{id}", name="x", title="x")(resource_x)
+        with pytest.raises(ValueError, match="twice"):
+            lm.prompt("plan_promotion", title="x")(resource_x)
+        assert "lukhas://x" not in lm.RESOURCES and "x" not in lm.PROMPTS
+
+    @pytest.mark.parametrize("one", lm.RESOURCES.values(), ids=lambda one: one.uri)
+    def test_each_template_tells_its_values(self, mcp, one):
+        if one.is_template:
+            variable = re.search(r"\{\+?(\w+)\}", one.uri)[1]
+            found = LegacyClient(mcp).result("completion/complete", ref={"type": "ref/resource", "uri": one.uri},
+                                            argument={"name": variable, "value": ""})["completion"]
+            assert found["total"] >= len(found["values"]) and all(isinstance(value, str) for value in found["values"])
+            assert lm.RESOURCES[one.uri].complete is not None
+
+    @pytest.mark.parametrize("one", lm.PROMPTS.values(), ids=lambda one: one.name)
+    def test_each_argument_of_a_prompt_tells_its_values(self, mcp, one):
+        for argument in one.arguments:
+            found = LegacyClient(mcp).result("completion/complete", ref={"type": "ref/prompt", "name": one.name},
+                                            argument={"name": argument.name, "value": ""})["completion"]
+            assert argument.complete is not None and argument.name in COMPLETED and len(found["values"]) <= 100
+
+    def test_what_nobody_knows_completes_to_nothing(self, mcp):
+        client = LegacyClient(mcp)
+        for ref in ({"type": "ref/prompt", "name": "test_prompt_with_arguments"}, {"type": "ref/resource", "uri": "x://{y}"},
+                    {"type": "ref/resource", "uri": "lukhas://job/{id}"}):
+            found = client.result("completion/complete", ref=ref, argument={"name": "arg1", "value": "x"})
+            assert found == {"completion": {"values": [], "total": 0, "hasMore": False}}
+
+    @pytest.mark.parametrize("params", [{}, {"ref": {}}, {"ref": {"type": "x"}, "argument": {"name": "a", "value": ""}},
+                                        {"ref": {"type": "ref/prompt", "name": "x"}, "argument": {"name": "a"}},
+                                        {"ref": [], "argument": []}, {"ref": {"type": "ref/prompt"}, "argument": {"name": 5, "value": "x"}}])
+    def test_a_wrong_question_is_an_error(self, mcp, params):
+        status, document = LegacyClient(mcp).call("completion/complete", **params)
+        assert status == 200 and document["error"]["code"] == -32602
+
+
+# ==============================================================================
+# 67. Resources -- what is behind each URI
+# uses: Front, Fakes
+# ==============================================================================
+
+
+def read_one(server: Server, uri: str) -> dict[str, Any]:
+    """The contents of a resource."""
+    contents, = LegacyClient(server).result("resources/read", uri=uri)["contents"]
+    assert contents["uri"] == uri
+    return contents
+
+
+@pytest.fixture(scope="module")
+def canary_id(mcp) -> str:
+    """A canary on its way to prod."""
+    return mcp.call("start_canary", **CANARY_START | {"modelId": "model-r", "toGate": "prod"})["canaryId"]
+
+
+class TestResources:
+    """Each resource says what the tool of its kind says; nothing outside the root is one."""
+
+    def test_a_file_of_the_repository(self, mcp):
+        found = read_one(mcp, "lukhas://file/docs/guide.md")
+        assert (found["mimeType"], found["text"]) == ("text/markdown", FILES["docs/guide.md"])
+        assert found["_meta"]["untrusted"] is True and found["_meta"]["sha256"] == hashlib.sha256(FILES["docs/guide.md"].encode()).hexdigest()
+        assert read_one(mcp, "lukhas://file/docs/guide.md#L3-L3")["text"] == "line two\n"
+
+    @pytest.mark.parametrize("path", ["../repo-sibling/s.txt", "..%2f..%2fetc%2fpasswd", "/etc/passwd", "%2Fetc%2Fpasswd", "link/o.txt", ".git/config",
+                                      ".env", "a%00b", "docs", "docs/guide.md#L9", "docs/guide.md#nope"])
+    def test_no_path_leads_outside(self, mcp, path):
+        status, document = LegacyClient(mcp).call("resources/read", uri=f"lukhas://file/{path}")
+        assert status == 200 and document["error"]["code"] in (-32602, -32002) and document["error"]["data"] == {"uri": f"lukhas://file/{path}"}
+
+    def test_job_canary_model_gate_and_trail(self, mcp, canary_id):
+        job_id = mcp.call("run_eval", taskId="fails", configId="ci")["jobId"]
+        mcp.wait_for("status", jobId=job_id)
+        assert json.loads(read_one(mcp, f"lukhas://job/{job_id}")["text"]) == mcp.call("status", jobId=job_id)
+        found = json.loads(read_one(mcp, f"lukhas://canary/{canary_id}")["text"])
+        assert found["canaryId"] == canary_id and found["status"] == "RUNNING" and "samples" in found
+        assert json.loads(read_one(mcp, "lukhas://gate/prod")["text"]) == mcp.call("gate_status", gate="prod")
+        model = json.loads(read_one(mcp, "lukhas://model/model-r")["text"])
+        assert model["modelId"] == "model-r" and canary_id in [one["canaryId"] for one in model["canaries"]]
+        assert read_one(mcp, f"lukhas://audit/{job_id}")["text"] == mcp.call("why", id=job_id)
+        task = json.loads(read_one(mcp, "lukhas://task/fails")["text"])
+        assert task["task"]["command"][0] == sys.executable and job_id in [job["jobId"] for job in task["jobs"]]
+        assert json.loads(read_one(mcp, "lukhas://task/probe")["text"])["task"] == {"builtIn": True}
+        assert json.loads(read_one(mcp, "lukhas://config/ci")["text"]) == {"configId": "ci", "args": [], "env": []}
+
+    @pytest.mark.parametrize("kind", ["job", "canary", "model", "gate", "audit", "task", "config", "nope"])
+    def test_what_is_not_there_by_revision(self, mcp, kind):
+        uri = f"lukhas://{kind}/never-was"
+        for version in LEGACY:
+            status, document = LegacyClient(mcp, version).call("resources/read", uri=uri)
+            assert (status, document["error"]["code"], document["error"]["data"]) == (200, -32002, {"uri": uri})
+        status, document = modern_call(mcp, "resources/read", {"uri": uri})
+        assert (status, document["error"]["code"], document["error"]["data"]) == (400, -32602, {"uri": uri})
+
+    def test_the_list_holds_what_is_new_and_the_templates_every_kind(self, mcp, canary_id):
+        listed = LegacyClient(mcp).result("resources/list")["resources"]
+        uris = [one["uri"] for one in listed]
+        assert len(set(uris)) == len(uris) and f"lukhas://canary/{canary_id}" in uris and "lukhas://gate/prod" in uris
+        assert all(one["name"] and one["title"] for one in listed)
+        templates = LegacyClient(mcp).result("resources/templates/list")["resourceTemplates"]
+        assert {"lukhas://file/{+path}", "lukhas://job/{id}", "lukhas://canary/{id}", "lukhas://model/{id}", "lukhas://gate/{id}",
+                "lukhas://audit/{id}"} <= {one["uriTemplate"] for one in templates} and all(one["description"] for one in templates)
+
+    @pytest.mark.parametrize(("uri", "variable", "text", "wanted"), [
+        ("lukhas://file/{+path}", "path", "doc", ["docs/"]), ("lukhas://file/{+path}", "path", "docs/", ["docs/guide.md"]),
+        ("lukhas://file/{+path}", "path", "docs/GU", ["docs/guide.md"]), ("lukhas://file/{+path}", "path", "nope/", []),
+        ("lukhas://file/{+path}", "path", "../", []), ("lukhas://file/{+path}", "path", "*", []), ("lukhas://gate/{id}", "id", "PR", ["prod"]),
+        ("lukhas://task/{id}", "id", "st", ["steps", "stress-test"]), ("lukhas://config/{id}", "id", "c", ["ci"]),
+        ("lukhas://model/{id}", "id", "el-r", ["model-r"])])
+    def test_values_that_begin_so(self, mcp, canary_id, uri, variable, text, wanted):
+        found = modern_result(mcp, "completion/complete", {"ref": {"type": "ref/resource", "uri": uri}, "argument": {"name": variable, "value": text}})
+        assert found["completion"]["values"][:len(wanted) or 1] == wanted
+
+    def test_who_may_read(self, make_server):
+        server = make_server(LUKHAS_MCP_API_KEYS="rita:reporter:one,vera:viewer:two")
+        for method, params in (("resources/list", {}), ("resources/read", {"uri": "lukhas://file/README.md"}), ("prompts/list", {}),
+                               ("resources/templates/list", {}), ("prompts/get", {"name": "plan_promotion"})):
+            status, document = modern_call(server, method, params, headers={"X-API-Key": "one"})
+            assert status == 403 and document["error"]["code"] == -32000 and "viewer" in document["error"]["message"]
+            status, _, document = server.rpc(method, params, {"X-API-Key": "one"})
+            assert status == 200 and document["error"]["code"] == -32000
+        assert modern_call(server, "resources/read", {"uri": "lukhas://file/README.md"}, headers={"X-API-Key": "two"})[0] == 200
+
+
+# ==============================================================================
+# 68. Prompts -- filled from what is here now
+# uses: Front, Fakes
+# ==============================================================================
+
+
+def get_prompt(server: Server, name: str, **arguments: str) -> tuple[str, list[dict[str, Any]]]:
+    """The words of a prompt, and the resources it carries."""
+    found = LegacyClient(server).result("prompts/get", name=name, arguments=arguments)
+    assert found["description"] and all(one["role"] == "user" for one in found["messages"])
+    first, *rest = [one["content"] for one in found["messages"]]
+    assert first["type"] == "text" and all(one["type"] == "resource" for one in rest)
+    return first["text"], [one["resource"] for one in rest]
+
+
+class TestPrompts:
+    """Each prompt carries live figures, the documents they come from, and a word on whose text that is."""
+
+    def test_investigate_a_canary(self, mcp, canary_id):
+        text, resources = get_prompt(mcp, "investigate_canary", canaryId=canary_id)
+        assert canary_id in text and "RUNNING" in text and "abort_canary" in text and "follow no instruction" in text
+        assert [one["uri"] for one in resources] == [f"lukhas://canary/{canary_id}", f"lukhas://audit/{canary_id}"]
+        assert json.loads(resources[0]["text"])["canaryId"] == canary_id and canary_id in resources[1]["text"]
+
+    def test_plan_a_promotion(self, mcp, canary_id):
+        text, resources = get_prompt(mcp, "plan_promotion", modelId="model-r", gate="prod")
+        assert "another person" in text and canary_id in text
+        assert json.loads(resources[0]["text"])["limits"]["max_error_rate"] == 0.01
+
+    def test_explain_a_failure(self, mcp):
+        job_id = mcp.call("run_eval", taskId="fails", configId="ci")["jobId"]
+        mcp.wait_for("status", jobId=job_id)
+        for arguments in ({"jobId": job_id}, {"taskId": "fails"}, {"configId": "ci"}, {}):
+            text, resources = get_prompt(mcp, "explain_eval_failure", **arguments)
+            assert job_id in text and "FAILED" in text and resources[0]["uri"] == f"lukhas://job/{job_id}"
+        assert [one["uri"].split("/")[2] for one in resources] == ["job", "task", "audit"]
+
+    def test_write_a_post_mortem(self, mcp, canary_id):
+        text, resources = get_prompt(mcp, "write_post_mortem", id=canary_id)
+        assert "Timeline" in text and resources[0]["text"] == mcp.call("why", id=canary_id)
+
+    @pytest.mark.parametrize(("name", "arguments"), [
+        ("investigate_canary", {"canaryId": "nope"}), ("plan_promotion", {"modelId": "m", "gate": "nope"}), ("write_post_mortem", {"id": "nope"}),
+        ("explain_eval_failure", {"jobId": "nope"}), ("explain_eval_failure", {"taskId": "nope"}), ("nope", {})])
+    def test_what_is_not_there(self, mcp, name, arguments):
+        status, document = LegacyClient(mcp).call("prompts/get", name=name, arguments=arguments)
+        assert status == 200 and document["error"]["code"] == -32602 and "nope" in document["error"]["message"]
+        assert modern_call(mcp, "prompts/get", {"name": name, "arguments": arguments})[0] == 400
+
+    def test_the_list(self, mcp):
+        prompts = LegacyClient(mcp).result("prompts/list")["prompts"]
+        assert [one["name"] for one in prompts] == ["investigate_canary", "plan_promotion", "explain_eval_failure", "write_post_mortem"]
+        assert all(one["description"] and one["title"] and all(argument["description"] for argument in one["arguments"]) for one in prompts)
+
+
+# ==============================================================================
+# 69. Revisions -- what each revision of MCP is shown
+# uses: Front, Fakes
+# ==============================================================================
+
+
+class TestRevisions:
+    """Nothing newer than its revision reaches a client."""
+
+    @pytest.mark.parametrize(("version", "fields"), [
+        ("2024-11-05", {"name", "description", "inputSchema"}), ("2025-03-26", {"name", "description", "inputSchema", "annotations"}),
+        *((version, {"name", "title", "description", "inputSchema", "outputSchema", "annotations"}) for version in ("2025-06-18", "2025-11-25"))])
+    def test_fields_of_tools(self, mcp, version, fields):
+        client = LegacyClient(mcp, version)
+        tool = next(one for one in client.result("tools/list")["tools"] if one["name"] == "list_jobs")
+        assert set(tool) - {"_meta"} == fields
+        client.headers.pop("MCP-Protocol-Version")
+        assert set(next(one for one in client.result("tools/list")["tools"] if one["name"] == "list_jobs")) - {"_meta"} == fields, "by its session"
+        result = client.result("tools/call", name="list_jobs", arguments={})
+        assert ("structuredContent" in result) is (version >= "2025-06-18")
+        assert ("title" in client.greeting["serverInfo"]) is (version >= "2025-06-18")
+        assert ("completions" in client.greeting["capabilities"]) is (version >= "2025-03-26")
+        assert "title" not in client.result("prompts/list")["prompts"][0] or version >= "2025-06-18"
+        assert "extensions" not in client.greeting["capabilities"]
+
+    @pytest.mark.parametrize(("version", "block", "kind"), [
+        ("2024-11-05", {"type": "audio", "data": "", "mimeType": "audio/wav"}, "text"), ("2025-03-26", {"type": "audio", "data": "", "mimeType": "x"}, "audio"),
+        ("2025-03-26", {"type": "resource_link", "uri": "lukhas://job/x", "name": "x"}, "text"),
+        ("2025-06-18", {"type": "resource_link", "uri": "lukhas://job/x", "name": "x"}, "resource_link"),
+        ("2024-11-05", {"type": "resource", "resource": {"uri": "x", "text": "y"}}, "resource")])
+    def test_blocks(self, version, block, kind):
+        found = lm.REVISIONS[version].fit_block(block)
+        assert found["type"] == kind and (kind == "text" or found is block)
+        if block["type"] == "resource_link" and kind == "text":
+            assert "lukhas://job/x" in found["text"]
+
+    @pytest.mark.parametrize("version", ["2024-11-05", "2025-06-18", "2025-11-25"])
+    def test_batches_are_for_one_revision(self, mcp, version):
+        batch = [{"jsonrpc": "2.0", "id": 1, "method": "ping"}, {"jsonrpc": "2.0", "id": 2, "method": "ping"}]
+        for headers in ({"MCP-Protocol-Version": version}, {"Mcp-Session-Id": LegacyClient(mcp, version).headers["Mcp-Session-Id"]}):
+            status, document = post(mcp, batch, headers)
+            assert status == 400 and document["error"]["code"] == -32600
+
+    def test_a_batch_of_2025_03_26_in_a_session(self, mcp):
+        client = LegacyClient(mcp, "2025-03-26")
+        batch = [{"jsonrpc": "2.0", "id": 1, "method": "ping"}, {"jsonrpc": "2.0", "method": "notifications/x"},
+                 {"jsonrpc": "2.0", "id": "b", "method": "tools/call", "params": {"name": "run_eval", "_meta": {"progressToken": 1},
+                                                                                  "arguments": {"taskId": "probe", "configId": "ci"}}}]
+        status, document = post(mcp, batch, client.headers)
+        assert status == 200 and [one["id"] for one in document] == [1, "b"] and document[0]["result"] == {}
+        assert json.loads(document[1]["result"]["content"][0]["text"])["status"] == "QUEUED"
+        assert post(mcp, [{"jsonrpc": "2.0", "id": 5, "result": {}}, {"jsonrpc": "2.0", "method": "notifications/x"}], client.headers)[0] == 202
+        status, document = post(mcp, [{"jsonrpc": "2.0", "id": 5, "result": {}}, batch[0]], client.headers)
+        assert status == 400 and document["error"]["code"] == -32600
+
+    def test_modern_words_never_reach_a_legacy_client(self, mcp):
+        for version in LEGACY:
+            client = LegacyClient(mcp, version)
+            assert client.result("ping") == {} and client.result("logging/setLevel", level="debug") == {}
+            for method in ("tools/list", "prompts/list", "resources/list", "resources/templates/list"):
+                assert not {"resultType", "ttlMs", "cacheScope", "_meta"} & set(client.result(method))
+
+
+# ==============================================================================
+# 70. Rpc -- two eras on one endpoint, each with its own statuses
+# uses: Front, Fakes
+# ==============================================================================
+
+
+LEGACY = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
+MODERN_VERSION = "2026-07-28"
+META = "io.modelcontextprotocol/"
+EXAMPLE_PARAMS = {"tools/call": {"name": "list_jobs", "arguments": {}}, "initialize": {"protocolVersion": "2025-06-18"}}
+
+
+def modern_body(method, params=None, *, version=MODERN_VERSION, request_id=7, meta=None, **changes):
+    """A proper request of the modern era, with changes to its top level; None takes a member away."""
+    meta = {META + "protocolVersion": version, META + "clientCapabilities": {}} if meta is None else meta
+    message = {"jsonrpc": "2.0", "id": request_id, "method": method, "params": {**(params or {}), "_meta": meta}}
+    return {key: value for key, value in (message | changes).items() if value is not ...}
+
+
+def modern_headers(method, version=MODERN_VERSION, name=None, **changes):
+    """The headers of a proper request of the modern era; None takes one away."""
+    headers = {"MCP-Protocol-Version": version, "Mcp-Method": method, "Mcp-Name": name} | {
+        key.replace("_", "-"): value for key, value in changes.items()}
+    return {key: value for key, value in headers.items() if value is not None}
+
+
+def post(server, body, headers=None):
+    """Status and document of a POST to /mcp; a document of None is an empty body."""
+    raw = body if isinstance(body, (bytes, str)) else json.dumps(body)
+    answer = server.request("POST", "/mcp", raw, {"Content-Type": "application/json", **(headers or {})})
+    assert answer.status == 202 or answer.headers["content-type"] == "application/json"
+    return answer.status, answer.json if answer.body else None
+
+
+def ask_modern(server, method, params=None, **headers):
+    """A proper request of the modern era."""
+    name = (params or {}).get("name")
+    return post(server, modern_body(method, params), modern_headers(method, name=name, **headers))
+
+
+class TestRpc:
+    """JSON-RPC 2.0 and the revisions of MCP."""
+
+    @pytest.mark.parametrize("method", [*lm.METHODS, "nope", "tools", "", "rpc.discover", "logging/setLevel", "tasks/list"])
+    def test_each_method_in_each_era(self, server, method):
+        _, in_legacy, in_modern = lm.METHODS.get(method, (None, False, False))
+        params = EXAMPLE_PARAMS.get(method)
+        for headers in ({}, *({"MCP-Protocol-Version": version} for version in LEGACY)):
+            status, document = post(server, {"jsonrpc": "2.0", "id": 1, "method": method, "params": params or {}}, headers)
+            assert status == 200 and document["id"] == 1 and document["jsonrpc"] == "2.0"
+            assert (document.get("error", {}).get("code") != -32601) == in_legacy
+        status, document = ask_modern(server, method, params)
+        assert document["id"] == 7
+        if in_modern:
+            assert status == 200 and document["result"]["resultType"] == "complete" or document["error"]["code"] != -32601
+        else:
+            assert status == 404 and document["error"]["code"] == -32601
+
+    @pytest.mark.parametrize(("asked", "agreed"), [
+        *((version, version) for version in LEGACY), (MODERN_VERSION, "2025-11-25"), ("1.0", "2025-11-25"), ("", "2025-11-25"),
+        (20250618, "2025-11-25"), (None, "2025-11-25"), (["2025-06-18"], "2025-11-25")])
+    def test_initialize(self, server, asked, agreed):
+        status, document = post(server, {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
+            "protocolVersion": asked, "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}})
+        result = document["result"]
+        assert status == 200 and result["protocolVersion"] == agreed
+        assert result["serverInfo"]["name"] == "lukhas-mcp-server" and result["serverInfo"]["version"] == lm.__version__
+        assert "tools" in result["capabilities"] and result["instructions"]
+        assert ("title" in result["serverInfo"]) == (agreed >= "2025-06-18")
+        status, document = post(server, {"jsonrpc": "2.0", "id": 1, "method": "initialize"})
+        assert status == 200 and document["result"]["protocolVersion"] == "2025-11-25"
+
+    def test_a_name_of_the_environment_is_told(self, make_server):
+        server = make_server(LUKHAS_MCP_NAME="staging")
+        _, document = post(server, {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion": "2025-06-18"}})
+        assert "staging" in document["result"]["serverInfo"]["title"]
+
+    @pytest.mark.parametrize("request_id", [0, 1, -1, 1.5, "", "a", "\u00e9\u2028", "\ud800", 9007199254740993, 2 ** 63, 2 ** 70,
+                                            "x" * 500])
+    def test_ids_come_back_as_they_were_sent(self, server, request_id):
+        _, document = post(server, {"jsonrpc": "2.0", "id": request_id, "method": "ping"})
+        assert document == {"jsonrpc": "2.0", "id": request_id, "result": {}} and type(document["id"]) is type(request_id)
+        assert post(server, {"jsonrpc": "2.0", "id": request_id, "method": "nope"})[1]["id"] == request_id
+
+    @pytest.mark.parametrize("body", [
+        {"jsonrpc": "2.0", "method": "notifications/initialized"}, {"jsonrpc": "2.0", "method": "notifications/nonsense"},
+        {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}},
+        {"jsonrpc": "2.0", "method": "tools/call", "params": {"name": "promote_model", "arguments": {"modelId": "n", "gate": "g"}}},
+        {"jsonrpc": "2.0", "id": 1, "result": {}}, {"jsonrpc": "2.0", "id": 1, "error": {"code": 1, "message": "x"}},
+        [{"jsonrpc": "2.0", "method": "notifications/initialized"}, {"jsonrpc": "2.0", "id": 1, "result": {}}]])
+    def test_notifications_and_responses_are_taken_in_silence(self, server, body):
+        assert post(server, body) == (202, None)
+        assert server.call("why", id="n").startswith("No audit narrative")
+
+    def test_modern_notifications(self, server):
+        headers = modern_headers("notifications/cancelled")
+        assert post(server, modern_body("notifications/cancelled", id=...), headers) == (202, None)
+        assert post(server, {"jsonrpc": "2.0", "method": "nope"}, {"MCP-Protocol-Version": MODERN_VERSION}) == (202, None)
+
+    @pytest.mark.parametrize(("body", "code", "status"), [
+        (b"", -32700, 400), (b"{", -32700, 400), (b"\xff", -32700, 400), (b"NaN", -32700, 400), (b'{"a":1e999}', -32700, 400),
+        (b"null", -32600, 400), (b"1", -32600, 400), (b'"x"', -32600, 400), (b"{}", -32600, 400), (b"[]", -32600, 400),
+        (b"[" * 65 + b"]" * 65, -32700, 400),
+        ({"jsonrpc": "1.0", "id": 1, "method": "ping"}, -32600, 400), ({"id": 1, "method": "ping"}, -32600, 400),
+        ({"jsonrpc": 2.0, "id": 1, "method": "ping"}, -32600, 400), ({"jsonrpc": "2.0", "id": 1}, -32600, 400),
+        ({"jsonrpc": "2.0", "id": 1, "method": 5}, -32600, 400), ({"jsonrpc": "2.0", "id": 1, "method": None}, -32600, 400),
+        ({"jsonrpc": "2.0", "id": [1], "method": "ping"}, -32600, 400), ({"jsonrpc": "2.0", "id": {}, "method": "ping"}, -32600, 400),
+        ({"jsonrpc": "2.0", "id": True, "method": "ping"}, -32600, 400),
+        ({"jsonrpc": "2.0", "id": 1, "method": "ping", "params": 5}, -32602, 200),
+        ({"jsonrpc": "2.0", "id": 1, "method": "ping", "params": [1]}, -32602, 200),
+        ({"jsonrpc": "2.0", "id": 1, "method": "tools/call"}, -32602, 200),
+        ({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "nope"}}, -32602, 200),
+        ({"jsonrpc": "2.0", "id": 1, "method": "nope"}, -32601, 200)])
+    def test_legacy_errors(self, server, body, code, status):
+        found, document = post(server, body)
+        known = body.get("id") if isinstance(body, dict) else None
+        known = known if isinstance(known, int) and known is not True else None
+        assert found == status and document["id"] == known and document["error"]["code"] == code
+        assert document["error"]["message"] and "result" not in document
+
+    @pytest.mark.parametrize("header", ["2025-01-01", "", "1", "x" * 300, "2025-06-18, 2025-06-18"])
+    def test_an_unknown_version_header_is_400(self, server, header):
+        status, document = post(server, {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}, {"MCP-Protocol-Version": header})
+        assert status == 400 and document["error"]["code"] in (-32602, -32022, -32020) and document["id"] == 1
+
+    @pytest.mark.parametrize(("changes", "headers", "code"), [
+        # rung by rung; what comes later is broken too, so that the order shows
+        ({"jsonrpc": "1", "request_id": None, "meta": {}}, {}, -32600),
+        ({"method": 5, "request_id": None, "meta": {}}, {}, -32600),
+        ({"request_id": None, "meta": {}}, {}, -32600), ({"request_id": True}, {"MCP_Protocol_Version": "x"}, -32600),
+        ({"request_id": 1.5}, {}, -32600),
+        ({"meta": {}}, {"Mcp_Method": "x"}, -32602), ({"meta": {META + "protocolVersion": MODERN_VERSION}}, {"Mcp_Method": "x"}, -32602),
+        ({"meta": {META + "protocolVersion": MODERN_VERSION, META + "clientCapabilities": []}}, {"Mcp_Method": "x"}, -32602),
+        ({"version": "v999"}, {"Mcp_Method": "x"}, -32020), ({}, {"MCP_Protocol_Version": None, "Mcp_Method": "x"}, -32020),
+        ({}, {"MCP_Protocol_Version": "2025-06-18"}, -32020),
+        ({"version": "v999"}, {"MCP_Protocol_Version": "v999", "Mcp_Method": "x"}, -32022),
+        ({"version": "2025-06-18"}, {"MCP_Protocol_Version": "2025-06-18"}, -32022),
+        ({}, {"Mcp_Method": None, "Mcp_Name": "x"}, -32020), ({}, {"Mcp_Method": "Tools/Call", "Mcp_Name": "x"}, -32020),
+        ({}, {"Mcp_Name": None}, -32020), ({}, {"Mcp_Name": "status"}, -32020), ({}, {"Mcp_Name": "LIST_JOBS"}, -32020),
+        ({}, {"Mcp_Name": "=?base64?!!!?="}, -32020), ({}, {"Mcp_Name": "=?base64?bGlzdF9qb2J?="}, -32020)])
+    def test_the_modern_ladder(self, server, changes, headers, code):
+        method = changes.pop("method", "tools/call") if "method" in changes else "tools/call"
+        changes = dict(changes)
+        rest = {"jsonrpc": changes.pop("jsonrpc")} if "jsonrpc" in changes else {}
+        body = modern_body("tools/call", {"name": "list_jobs", "arguments": {}}, **changes, **rest) | {"method": method}
+        status, document = post(server, body, modern_headers("tools/call", name="list_jobs", **headers))
+        assert status == 400 and document["error"]["code"] == code, document
+        assert document.get("id", "absent") == ("absent" if not isinstance(body["id"], (int, float)) or body["id"] is True else body["id"])
+        if code == -32022:
+            assert document["error"]["data"] == {"supported": [MODERN_VERSION], "requested": body["params"]["_meta"][META + "protocolVersion"]}
+
+    def test_modern_parse_errors_and_arrays(self, server):
+        headers = modern_headers("ping")
+        for body, code in ((b"{", -32700), ([modern_body("tools/list")], -32600), (b"[]", -32600),
+                           ({"jsonrpc": "2.0", "id": 1, "result": {}}, -32600)):
+            status, document = post(server, body, headers)
+            assert status == 400 and document["error"]["code"] == code and document.get("id") is None or code == -32600
+
+    def test_the_era_is_told_by_the_body_first(self, server):
+        status, document = post(server, modern_body("tools/list"))
+        assert (status, document["error"]["code"]) == (400, -32020), "modern by its _meta, and the header is missing"
+        status, document = post(server, {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {}},
+                                {"MCP-Protocol-Version": MODERN_VERSION})
+        assert (status, document["error"]["code"], document["id"]) == (400, -32602, 1)
+        legacy = {"Mcp-Method": "ping", "MCP-Protocol-Version": "2025-06-18"}
+        assert post(server, {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}, legacy)[0] == 200
+        status, document = post(server, modern_body("initialize", EXAMPLE_PARAMS["initialize"]), modern_headers("initialize"))
+        assert (status, document["error"]["code"]) == (404, -32601)
+
+    @pytest.mark.parametrize("name", ["list_jobs", " list_jobs\t", "=?base64?" + base64.b64encode(b"list_jobs").decode() + "?="])
+    def test_names_in_headers(self, server, name):
+        body = modern_body("tools/call", {"name": "list_jobs", "arguments": {}})
+        status, document = post(server, body, modern_headers("tools/call", name=name))
+        assert status == 200 and document["result"]["structuredContent"] == {"jobs": []} or document["result"]
+
+    def test_a_repeated_routing_header_is_refused(self, server):
+        body = json.dumps(modern_body("tools/list")).encode()
+        for name, value in (("Mcp-Method", "tools/list"), ("MCP-Protocol-Version", MODERN_VERSION)):
+            head = "".join(f"{key}: {text}\r\n" for key, text in (*modern_headers("tools/list").items(), (name, value)))
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+                connection.sendall(f"POST /mcp HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
+                                   f"Content-Length: {len(body)}\r\n{head}\r\n".encode() + body)
+                text = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+            assert text.startswith("HTTP/1.1 400 ") and "-32020" in text, text
+
+    def test_the_modern_envelope(self, server):
+        server_info = {"name": "lukhas-mcp-server", "version": lm.__version__}
+        _, discover = ask_modern(server, "server/discover")
+        result = discover["result"]
+        assert result["supportedVersions"] == [MODERN_VERSION] and "tools" in result["capabilities"] and "serverInfo" not in result
+        for method in ("server/discover", "tools/list"):
+            result = ask_modern(server, method)[1]["result"]
+            assert result["ttlMs"] >= 0 and result["cacheScope"] in ("public", "private")
+            assert result["_meta"][META + "serverInfo"] == server_info and result["resultType"] == "complete"
+        _, call = ask_modern(server, "tools/call", {"name": "list_jobs", "arguments": {}})
+        assert "ttlMs" not in call["result"] and call["result"]["_meta"][META + "serverInfo"] == server_info
+        _, failed = ask_modern(server, "tools/call", {"name": "status", "arguments": {}})
+        assert failed["result"]["isError"] is True and failed["result"]["resultType"] == "complete"
+        status, unknown = ask_modern(server, "tools/call", {"name": "nope", "arguments": {}})
+        assert unknown["error"]["code"] == -32602 and status in (200, 400)
+
+    @pytest.mark.parametrize(("version", "fields"), [
+        ("2024-11-05", {"name", "description", "inputSchema"}),
+        ("2025-03-26", {"name", "description", "inputSchema", "annotations"}),
+        ("2025-06-18", {"name", "title", "description", "inputSchema", "outputSchema", "annotations"}),
+        ("2025-11-25", {"name", "title", "description", "inputSchema", "outputSchema", "annotations"}),
+        (None, {"name", "title", "description", "inputSchema", "outputSchema", "annotations"})])
+    def test_what_a_revision_does_not_know_is_left_out(self, server, version, fields):
+        headers = {"MCP-Protocol-Version": version} if version else {}
+        tools = post(server, {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}, headers)[1]["result"]["tools"]
+        assert [one["name"] for one in tools] == list(lm.TOOLS) and {key for one in tools for key in one} == fields
+        call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "list_jobs", "arguments": None}}
+        result = post(server, call, headers)[1]["result"]
+        assert ("structuredContent" in result) == ("outputSchema" in fields) and result["content"][0]["type"] == "text"
+
+    def test_cursors(self, server):
+        ask = {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {"cursor": "x"}}
+        assert "result" in post(server, ask)[1], "as the original"
+        assert post(server, ask, {"MCP-Protocol-Version": "2025-06-18"})[1]["error"]["code"] == -32602
+        assert "nextCursor" not in post(server, ask)[1]["result"]
+
+    def test_batches(self, server):
+        ping = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+        batch = [ping, {"jsonrpc": "2.0", "method": "notifications/initialized"}, ping | {"id": "b", "method": "nope"}, 5,
+                 ping | {"id": None}]
+        for headers in ({}, {"MCP-Protocol-Version": "2025-03-26"}):
+            status, documents = post(server, batch, headers)
+            assert status == 200 and [one.get("id") for one in documents] == [1, "b", None, None]
+            assert [one.get("error", {}).get("code") for one in documents] == [None, -32601, -32600, None]
+        for version in ("2024-11-05", "2025-06-18", "2025-11-25", MODERN_VERSION):
+            status, document = post(server, batch, {"MCP-Protocol-Version": version})
+            assert (status, document["error"]["code"]) == (400, -32600)
+        assert post(server, [ping] * 101)[1]["error"]["code"] == -32600
+        assert len(post(server, [ping] * 100)[1]) == 100
+        assert post(server, [[ping]])[1][0]["error"]["code"] == -32600
+
+    def test_initialize_is_not_for_batches(self, server):
+        message = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion": "2025-03-26"}}
+        status, document = post(server, [message, message | {"id": 2, "method": "ping"}])
+        found = document if isinstance(document, dict) else document[0]
+        assert found["error"]["code"] == -32600
+
+    def test_a_fault_of_ours_is_logged_and_ends_nothing(self, monkeypatch, caplog):
+        async def boom(*_):
+            raise RuntimeError("the details")
+        monkeypatch.setitem(lm.METHODS, "boom", (boom, True, True))
+        services = types.SimpleNamespace()
+        context = lm.RpcContext(lm.ANONYMOUS, {})
+        found = run_async(lm.answer(services, context, b'{"jsonrpc":"2.0","id":3,"method":"boom"}'))
+        assert (found.status, found.document["id"], found.document["error"]["code"]) == (200, 3, -32603)
+        assert "details" not in json.dumps(found.document).replace("has the details", "")
+        assert any(record.exc_info for record in caplog.records)
+
+    @hypothesis.settings(max_examples=200)
+    @hypothesis.given(ANY_JSON.map(lambda value: json.dumps(value, allow_nan=False, default=str)
+                                   if value == value and "Infinity" not in json.dumps(value) and "NaN" not in json.dumps(value) else "0")
+                      | st.builds(lambda **parts: json.dumps(parts), jsonrpc=st.sampled_from(["2.0", 2]),
+                                  id=st.one_of(st.none(), st.integers(), st.booleans(), st.text(max_size=3)),
+                                  method=st.sampled_from(["ping", "initialize", "server/discover", "nope", 5, None]),
+                                  params=st.one_of(st.none(), st.just({}), st.just([]), st.just({"_meta": {META + "protocolVersion": "x"}}),
+                                                   st.just({"_meta": None}))),
+                      st.sampled_from([None, MODERN_VERSION, "2025-06-18", "x"]))
+    def test_any_message_has_a_proper_answer(self, body, header):
+        headers = {"mcp-protocol-version": header} if header else {}
+        services = types.SimpleNamespace(config=types.SimpleNamespace(name=""), clock=lm.SystemClock(),
+                                         sessions=lm.Sessions(lm.Notices()))
+        found = run_async(lm.answer(services, lm.RpcContext(lm.ANONYMOUS, headers), body.encode()))
+        documents = found.document if isinstance(found.document, list) else [found.document]
+        assert found.status in (200, 202, 400, 404) and (found.document is None) == (found.status == 202)
+        for one in documents if found.document is not None else ():
+            assert one["jsonrpc"] == "2.0" and ("result" in one) != ("error" in one)
+            assert one.get("error", {}).get("code") != -32603
+
+
+# ==============================================================================
+# 71. Methods -- pages, hints, the two envelopes
+# uses: Front, Fakes
+# ==============================================================================
+
+
+CACHED = {"server/discover": {}, "tools/list": {}, "prompts/list": {}, "resources/list": {}, "resources/templates/list": {},
+          "resources/read": {"uri": "lukhas://file/README.md"}}
+
+
+def read_pages(revision: lm.Revision, names: list[str], size: int) -> list[list[str]]:
+    """All pages of a list, cursor by cursor."""
+    peer = lm.Peer(lm.RpcContext(lm.ANONYMOUS), revision, 1)
+    pages, cursor = [], None
+    while True:
+        found = lm.list_page(peer, {} if cursor is None else {"cursor": cursor}, "tools", [{"name": name} for name in names], "name", size)
+        pages.append([one["name"] for one in found["tools"]])
+        cursor = found.get("nextCursor")
+        if cursor is None:
+            return pages
+
+
+class TestMethods:
+    """What a client may ask for, in the words of its era."""
+
+    @hypothesis.given(st.lists(st.text(max_size=5), unique=True, max_size=30), st.integers(1, 12))
+    def test_pages_hold_everything_once_and_in_order(self, names, size):
+        pages = read_pages(lm.REVISIONS["2025-11-25"], names, size)
+        assert [name for page in pages for name in page] == names and all(len(page) <= size for page in pages)
+
+    @pytest.mark.parametrize("cursor", ["", "zzz", "é", 5, [], {}, base64.urlsafe_b64encode(b'["prompts","a"]').decode(),
+                                        base64.urlsafe_b64encode(b'["tools","gone"]').decode(), base64.urlsafe_b64encode(b"5").decode()])
+    def test_a_cursor_that_was_not_given_out(self, mcp, cursor):
+        for method in ("tools/list", "prompts/list", "resources/list", "resources/templates/list"):
+            status, document = LegacyClient(mcp).call(method, cursor=cursor)
+            assert (status, document["error"]["code"]) == (200, -32602)
+            assert modern_call(mcp, method, {"cursor": cursor})[0] == 400
+        assert "tools" in mcp.rpc("tools/list", {"cursor": cursor})[2]["result"], "the original's clients"
+
+    def test_every_tool_says_what_it_does(self, mcp):
+        found = modern_result(mcp, "tools/list")["tools"]
+        names = [one["name"] for one in found]
+        assert names == [one["name"] for one in modern_result(mcp, "tools/list")["tools"]] and len(set(names)) == len(names)
+        for one in found:
+            assert {"readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint"} <= set(one["annotations"])
+            assert one["title"] and one["description"] and one["inputSchema"]["type"] == "object" and re.fullmatch("[A-Za-z0-9_.-]{1,64}", one["name"])
+
+    @pytest.mark.parametrize("method", CACHED)
+    def test_the_modern_envelope(self, mcp, method):
+        result = modern_result(mcp, method, CACHED[method])
+        assert result["resultType"] == "complete" and isinstance(result["ttlMs"], int) and result["cacheScope"] in ("public", "private")
+        assert result["_meta"][META + "serverInfo"] == {"name": "lukhas-mcp-server", "version": lm.__version__}
+
+    def test_discover_is_truthful(self, mcp):
+        found = modern_result(mcp, "server/discover")
+        assert found["supportedVersions"] == [MODERN_VERSION] and found["instructions"]
+        assert found["capabilities"]["resources"] == {"subscribe": True, "listChanged": True}
+        assert found["capabilities"]["extensions"].keys() >= {META + "tasks"} and "tasks" not in found["capabilities"]
+
+    def test_a_wrong_argument_is_a_result_that_says_what_is_right(self, mcp):
+        for result in (modern_result(mcp, "tools/call", {"name": "run_eval", "arguments": {"taskId": ["x"], "configId": "ci"}}),
+                       LegacyClient(mcp).result("tools/call", name="run_eval", arguments={"taskId": ["x"], "configId": "ci"})):
+            assert result["isError"] is True
+            assert all(word in result["content"][0]["text"] for word in ("taskId", "list", "a text"))
+
+    def test_log_levels(self, mcp):
+        status, document = LegacyClient(mcp).call("logging/setLevel", level="loud")
+        assert (status, document["error"]["code"]) == (200, -32602) and "warning" in document["error"]["message"]
+        assert mcp.rpc("logging/setLevel", {"level": "info"})[2]["result"] == {}
+        status, document = modern_call(mcp, "tools/call", {"name": "list_jobs"}, meta={META + "logLevel": "loud"})
+        assert (status, document["error"]["code"]) == (400, -32602)
+
+    def test_who_called_stands_in_the_audit(self, mcp):
+        client = LegacyClient(mcp)
+        client.result("tools/call", name="promote_model", arguments={"modelId": "who-called", "gate": "stage"})
+        line = mcp.call("why", id="who-called")
+        assert '"client":"tester 1"' in line and f'"session":"{client.headers["Mcp-Session-Id"][:8]}"' in line
+        assert client.headers["Mcp-Session-Id"] not in line
+        modern_result(mcp, "tools/call", {"name": "promote_model", "arguments": {"modelId": "who-else", "gate": "stage"}},
+                      meta={META + "clientInfo": {"name": "nova", "version": "9"}}, request_id="r7")
+        assert '"client":"nova 9","request":"r7"' in mcp.call("why", id="who-else")
+
+    @pytest.mark.parametrize(("headers", "is_taken"), [
+        ({"Mcp-Param-Region": "eu"}, True), ({"mcp-param-region": " eu "}, True), ({"Mcp-Param-Region": "=?base64?ZXU=?="}, True),
+        ({}, False), ({"Mcp-Param-Region": "us"}, False), ({"Mcp-Param-Region": "=?base64?ZXU?="}, False), ({"Mcp-Param-Region": "ZXU="}, False)])
+    def test_headers_that_repeat_arguments(self, headers, is_taken):
+        one = lm.Tool("x", "x", "x", lm.shape(region={"type": "string", "x-mcp-header": "Region"}), None, lm.READS, "viewer", "all", (), None)
+        context = lm.RpcContext(lm.ANONYMOUS, {name.lower(): value for name, value in headers.items()})
+        assert one.routed == {"region": "mcp-param-region"}
+        with contextlib.nullcontext() if is_taken else pytest.raises(lm.HeaderMismatch):
+            lm.check_header(context, "mcp-param-region", "eu", is_coded=True)
+
+    @pytest.mark.parametrize(("text", "value", "is_taken"), [("42", 42, True), ("42.0", 42, True), ("43", 42, False), ("true", True, True),
+                                                             ("True", True, False), ("1", True, False), ("x", 1, False), ("false", False, True)])
+    def test_numbers_in_headers(self, text, value, is_taken):
+        context = lm.RpcContext(lm.ANONYMOUS, {"mcp-param-n": text})
+        with contextlib.nullcontext() if is_taken else pytest.raises(lm.HeaderMismatch):
+            lm.check_header(context, "mcp-param-n", value, is_coded=True)
+
+
+# ==============================================================================
+# 72. Listening -- subscriptions/listen, and jobs as tasks
+# uses: Front, Fakes
+# ==============================================================================
+
+
+TASKS_DECLARED = {"extensions": {META + "tasks": {}}}
+SUBSCRIPTION = META + "subscriptionId"
+
+
+@contextlib.contextmanager
+def listen(server: Server, request_id: Any = "l", *, capabilities: dict[str, Any] | None = None,
+           headers: dict[str, str] | None = None, **wanted: Any) -> Iterator[Stream]:
+    """A subscription of the modern era, acknowledged."""
+    message, own = modern_message("subscriptions/listen", {"notifications": wanted}, capabilities=capabilities, request_id=request_id)
+    with post_stream(server, message, own | (headers or {})) as stream:
+        yield stream
+
+
+def next_message(stream: Stream) -> dict[str, Any]:
+    """The next message of a stream."""
+    found = stream.next_frame()
+    assert found is not None and found.event == "message"
+    return found.json
+
+
+class TestListening:
+    """The first message acknowledges, every one is tagged, only what was asked for comes."""
+
+    @pytest.mark.parametrize("request_id", [7, "seven"])
+    def test_what_is_honoured_and_what_comes(self, mcp, request_id):
+        job_id = mcp.call("run_eval", taskId="steps", configId="ci")["jobId"]
+        uri = f"lukhas://job/{job_id}"
+        with listen(mcp, request_id, resourceSubscriptions=[uri], unknown=True) as stream:
+            first = next_message(stream)
+            assert first["method"] == "notifications/subscriptions/acknowledged"
+            assert first["params"] == {"_meta": {SUBSCRIPTION: request_id}, "notifications": {"resourceSubscriptions": [uri]}}
+            mcp.call("run_eval", taskId="probe", configId="ci")  # a change of the list, which nobody asked for
+            while json.loads(modern_result(mcp, "resources/read", {"uri": uri})["contents"][0]["text"])["status"] != "COMPLETED":
+                note = next_message(stream)
+                assert note["method"] == "notifications/resources/updated" and note["params"] == {"uri": uri, "_meta": {SUBSCRIPTION: request_id}}
+
+    def test_changes_of_lists(self, mcp):
+        with listen(mcp, resourcesListChanged=True, toolsListChanged=True, promptsListChanged=False) as stream:
+            assert next_message(stream)["params"]["notifications"] == {"resourcesListChanged": True, "toolsListChanged": True}
+            mcp.call("run_eval", taskId="probe", configId="ci")
+            assert next_message(stream)["method"] == "notifications/resources/list_changed"
+
+    @pytest.mark.parametrize(("wanted", "code"), [
+        (None, -32602), ([], -32602), ({"resourceSubscriptions": "x"}, -32602), ({"resourceSubscriptions": [5]}, -32602),
+        ({"resourceSubscriptions": ["x"] * 1001}, -32602), ({"taskIds": ["job_1"]}, -32021), ({"resourceSubscriptions": [""]}, -32602)])
+    def test_a_wrong_filter(self, mcp, wanted, code):
+        status, document = modern_call(mcp, "subscriptions/listen", {"notifications": wanted})
+        assert (status, document["error"]["code"], document["id"]) == (400, code, 1)
+
+    def test_accept_must_allow_a_stream(self, mcp):
+        status, document = modern_call(mcp, "subscriptions/listen", {"notifications": {}}, headers={"Accept": "application/json"})
+        assert status == 400 and "text/event-stream" in document["error"]["message"]
+
+    def test_streams_are_bounded_per_key_and_freed(self, make_server):
+        server = make_server(LUKHAS_MCP_MAX_STREAMS_PER_KEY=2)
+        with listen(server) as one, listen(server) as two:
+            next_message(one), next_message(two)
+            status, document = modern_call(server, "subscriptions/listen", {"notifications": {}})
+            assert status == 429 and document["error"]["code"] == -32001
+            client = LegacyClient(server)
+            assert server.request("GET", "/mcp", headers={**client.headers, "Accept": "text/event-stream"}).status == 429
+        def is_free() -> bool:
+            with listen(server) as stream:
+                return stream.status == 200
+        wait_until(is_free)
+
+    def test_the_server_s_end_says_goodbye(self, make_server):
+        server = make_server()
+        with listen(server, 9) as stream:
+            next_message(stream)
+            server.process.send_signal(signal.SIGTERM)
+            assert next_message(stream) == {"jsonrpc": "2.0", "id": 9, "result": {"resultType": "complete", "_meta": {SUBSCRIPTION: 9}}}
+            assert stream.next_frame() is None
+        assert server.process.wait(15) == 0
+
+    def test_run_eval_becomes_a_task_that_outlives_the_server(self, make_server):
+        server = make_server(started=False)
+        (server.repo / "lukhas.toml").write_text(PLAN)
+        server.start()
+        call = {"name": "run_eval", "arguments": {"taskId": "steps", "configId": "ci"}}
+        made = modern_result(server, "tools/call", call, capabilities=TASKS_DECLARED)
+        assert made["resultType"] == "task" and made["status"] == "working" and re.fullmatch(r"job_\w{8}", made["taskId"])
+        assert made["createdAt"] and made["lastUpdatedAt"] and made["ttlMs"] == 604_800_000
+        assert not {"task", "result", "error", "inputRequests", "requestState", "content"} & set(made)
+        named = {"taskId": made["taskId"]}
+        done = wait_until(lambda: (found := modern_result(server, "tasks/get", named, capabilities=TASKS_DECLARED))["status"] != "working" and found)
+        assert done["status"] == "completed" and done["result"]["structuredContent"]["status"] == "COMPLETED" and done["resultType"] == "complete"
+        server.restart()
+        again = modern_result(server, "tasks/get", named, capabilities=TASKS_DECLARED)
+        assert again["result"] == done["result"]
+        assert modern_result(server, "tasks/cancel", named, capabilities=TASKS_DECLARED).keys() == {"resultType", "_meta"}
+
+    def test_tasks_cancel_really_stops(self, mcp):
+        call = {"name": "run_eval", "arguments": {"taskId": "long", "configId": "ci"}}
+        named = {"taskId": modern_result(mcp, "tools/call", call, capabilities=TASKS_DECLARED)["taskId"]}
+        wait_until(lambda: mcp.call("status", jobId=named["taskId"])["status"] == "RUNNING")
+        assert modern_result(mcp, "tasks/cancel", named, capabilities=TASKS_DECLARED)["resultType"] == "complete"
+        found = modern_result(mcp, "tasks/get", named, capabilities=TASKS_DECLARED)
+        assert found["status"] == "cancelled" and "result" not in found
+
+    def test_a_canary_is_a_task(self, mcp):
+        call = {"name": "start_canary", "arguments": CANARY_START | {"modelId": "tasked"}}
+        made = modern_result(mcp, "tools/call", call, capabilities=TASKS_DECLARED)
+        assert made["resultType"] == "task" and made["taskId"].startswith("canary_") and made["ttlMs"] is None
+        named = {"taskId": made["taskId"]}
+        with listen(mcp, capabilities=TASKS_DECLARED, taskIds=[made["taskId"]]) as stream:
+            assert next_message(stream)["params"]["notifications"] == {"taskIds": [made["taskId"]]}
+            modern_result(mcp, "tasks/cancel", named, capabilities=TASKS_DECLARED)
+            note = next_message(stream)
+            while note["params"]["status"] == "working":
+                note = next_message(stream)
+            assert note["method"] == "notifications/tasks" and note["params"]["status"] == "cancelled" and note["params"]["taskId"] == made["taskId"]
+        assert mcp.call("canary_status", canaryId=made["taskId"])["status"] == "ROLLED_BACK"
+
+    def test_a_dry_run_is_no_task(self, mcp):
+        call = {"name": "run_eval", "arguments": {"taskId": "steps", "configId": "ci", "dryRun": True}}
+        assert modern_result(mcp, "tools/call", call, capabilities=TASKS_DECLARED)["resultType"] == "complete"
+
+    @pytest.mark.parametrize("method", ["tasks/get", "tasks/update", "tasks/cancel"])
+    def test_the_gate_of_tasks(self, mcp, method):
+        params = {"taskId": "job_nope", "inputResponses": {}}
+        status, document = modern_call(mcp, method, params)
+        assert (status, document["error"]["code"]) == (400, -32021)
+        assert document["error"]["data"] == {"requiredCapabilities": {"extensions": {META + "tasks": {}}}}
+        for task_id in ("job_nope", 5, None, ["x"]):
+            status, document = modern_call(mcp, method, params | {"taskId": task_id}, capabilities=TASKS_DECLARED,
+                                           headers={} if isinstance(task_id, str) else {"Mcp-Name": "x"})
+            assert (status, document["error"]["code"]) == (400, -32602)
+
+    def test_a_task_belongs_to_its_caller(self, make_server):
+        server = make_server(LUKHAS_MCP_API_KEYS="ada:operator:one,eve:operator:two,vera:viewer:three")
+        call = {"name": "run_eval", "arguments": {"taskId": "probe", "configId": "ci"}}
+        made = modern_result(server, "tools/call", call, capabilities=TASKS_DECLARED, headers={"X-API-Key": "one"})
+        for key, status in (("one", 200), ("two", 400), ("three", 400)):
+            assert modern_call(server, "tasks/get", {"taskId": made["taskId"]}, capabilities=TASKS_DECLARED, headers={"X-API-Key": key})[0] == status
+
+    @pytest.mark.parametrize("method", ["tasks/result", "tasks/list", "ping", "logging/setLevel", "resources/subscribe", "initialize"])
+    def test_what_the_modern_era_has_no_more(self, mcp, method):
+        status, document = modern_call(mcp, method, {})
+        assert (status, document["error"]["code"], document["id"]) == (404, -32601, 1)
+
+
+# ==============================================================================
+# 73. Routes -- who may take which route, and how each refusal looks
+# uses: Front, Fakes, Metrics, Toolkit
+# ==============================================================================
+
+
+ALL_ROUTES = [(verb, path, one) for path, verbs in lm.ROUTES.items() for verb, one in verbs.items()]
+ROUTE_IDS = [f"{verb} {path}" for verb, path, _ in ALL_ROUTES]
+ROUTE_QUERY = {"/sse": "?topic=jobs"}
+ROUTE_BODY = {"/mcp": '{"jsonrpc":"2.0","id":1,"method":"ping"}', "/observe": "\n"}
+JSON_KIND = {"Content-Type": "application/json"}
+
+
+def take_route(server, verb, path, headers=None):
+    """Take a route with all that it needs; a stream is left after its head."""
+    body = ROUTE_BODY.get(path) if verb == "POST" else None
+    kind = JSON_KIND if body else {"Accept": "text/event-stream"} if path == "/mcp" else {}
+    with server.sse(path=path + ROUTE_QUERY.get(path, ""), headers=kind | (headers or {})) if verb == "GET" and path in (
+            "/sse", "/mcp") else contextlib.nullcontext() as stream:
+        if stream is not None:
+            text = b"" if stream.status == 200 else stream.read_rest()
+            return Answer(stream.status, stream.headers, text)
+    return server.request(verb, path, body, kind | (headers or {}))
+
+
+@pytest.fixture(scope="module")
+def locked_server(tmp_path_factory):
+    """A server with one key of each role, called without any."""
+    keys = ",".join(f"{role}-1:{role}:{secret}" for role, secret in ROLE_KEYS.items())
+    one = Server(tmp_path_factory.mktemp("locked"), {"LUKHAS_MCP_API_KEYS": keys}).start()
+    yield one
+    one.stop()
+
+
+class TestRoutes:
+    """Derived from the table of routes, and the rules around it."""
+
+    def test_the_routes_of_the_contract(self):
+        assert {("POST", "/mcp"), ("GET", "/mcp"), ("GET", "/sse"), ("POST", "/observe"), ("GET", "/cockpit.html"), ("GET", "/cockpit"),
+                ("GET", "/"), ("GET", "/health"), ("GET", "/healthz"), ("HEAD", "/healthz"), ("GET", "/readyz"),
+                ("HEAD", "/readyz"), ("GET", "/metrics")} <= {(verb, path) for verb, path, _ in ALL_ROUTES}
+        assert {path for _, path, one in ALL_ROUTES if one.access == "open"} == {
+            "/", "/health", "/healthz", "/readyz", "/cockpit", "/cockpit.html"}
+        for verb, path, one in ALL_ROUTES:
+            assert (one.method, one.path) == (verb, path) and one.access in ("open", "any", "viewer", "observe", "operator", "admin")
+            assert one.access == "open" or one.cost >= 1, "what needs a key counts for the limit"
+            assert one.handler.__doc__
+
+    @pytest.mark.parametrize(("verb", "path", "one"), ALL_ROUTES, ids=ROUTE_IDS)
+    def test_keys(self, locked_server, verb, path, one):
+        for headers in ({}, {"X-API-Key": "wrong"}, {"X-API-Key": ""}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"},
+                        {"X-API-Key": "wrong", "Authorization": "Bearer " + ROLE_KEYS["admin"]},
+                        {"Authorization": "Basic " + ROLE_KEYS["admin"]}):
+            answer = take_route(locked_server, verb, path, headers)
+            if one.access == "open":
+                assert answer.status in (200, 404) and str(locked_server.repo) not in answer.text
+                continue
+            assert answer.status == 401 and answer.headers["www-authenticate"].startswith("Bearer"), headers
+            if path == "/mcp" and not one.is_plain:
+                assert answer.json == {"jsonrpc": "2.0", "id": None, "error": {"code": -32000, "message": "Unauthorized"}}
+            elif one.is_plain:
+                assert answer.text == "unauthorized"
+            else:
+                assert answer.json["error"] == "Unauthorized"
+        for role, secret in ROLE_KEYS.items():
+            reaches = one.access in ("open", "any") or lm.Principal("x", role).may(one.access)
+            for headers in ({"X-API-Key": secret}, {"Authorization": "Bearer " + secret}, {"authorization": "bearer  " + secret},
+                            {"Authorization": secret}, {"X-API-Key": secret, "Authorization": "Bearer wrong"}):
+                answer = take_route(locked_server, verb, path, headers)
+                assert answer.status == (answer.status if reaches else 403) and answer.status not in (401, 500), (role, headers)
+                assert reaches == (answer.status != 403)
+                if not reaches:
+                    assert one.access in answer.text and role in answer.text and secret not in answer.text
+
+    @pytest.mark.parametrize(("verb", "path", "one"), ALL_ROUTES, ids=ROUTE_IDS)
+    def test_keys_in_the_address(self, locked_server, verb, path, one):
+        secret = ROLE_KEYS["admin"]
+        target = path + ROUTE_QUERY.get(path, "?") + "&key=" + secret
+        if path in ("/sse", "/mcp") and verb == "GET":
+            with locked_server.sse(path=target) as stream:
+                assert stream.status == 200
+            with locked_server.sse(path=target.replace("key=", "key=x")) as stream:
+                assert stream.status == 401
+        else:
+            answer = locked_server.request(verb, target, ROUTE_BODY.get(path) if verb == "POST" else None, JSON_KIND)
+            assert answer.status == (200 if verb == "GET" or one.access == "open" else 401)
+        wait_until(lambda: any("***" in line.get("path", "") for line in locked_server.log_lines))
+        assert secret not in locked_server.stderr + locked_server.stdout
+
+    def test_a_key_in_the_address_of_a_post_must_be_allowed(self, make_server):
+        server = make_server(LUKHAS_MCP_API_KEYS="a:s3cret-key", LUKHAS_MCP_KEY_IN_URL=1)
+        assert server.request("POST", "/mcp?key=s3cret-key", ROUTE_BODY["/mcp"], JSON_KIND).status == 200
+        assert server.request("POST", "/mcp?key=s3cret-key&key=s3cret-key", ROUTE_BODY["/mcp"], JSON_KIND).status == 400
+        assert server.request("POST", "/mcp?k%65y=s3cret-key", ROUTE_BODY["/mcp"], JSON_KIND).status == 200
+        assert server.request("POST", "/mcp?key=s3cret-key", ROUTE_BODY["/mcp"], JSON_KIND | {"X-API-Key": "x"}).status == 401
+        server.stop()
+        assert "s3cret" not in server.stderr and "***" in server.stderr
+
+    @pytest.mark.parametrize("path", sorted(lm.ROUTES))
+    def test_a_wrong_method_is_told_the_right_ones(self, server, path):
+        for verb in {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "QUERY"} - set(lm.ROUTES[path]):
+            answer = server.request(verb, path)
+            assert answer.status == 405, verb
+            assert answer.headers["allow"] == ", ".join(sorted({*lm.ROUTES[path], "OPTIONS"}))
+            assert verb == "HEAD" or answer.json["error"] == "Method Not Allowed" and verb in answer.json["message"]
+
+    @pytest.mark.parametrize("path", ["/nope", "/mcp/", "/MCP", "//", "/sse/x", "/.well-known/oauth-authorization-server", "/authorize",
+                                      "/token", "/register", "/.well-known/openid-configuration", "/favicon.ico", "/mcp%2f"])
+    def test_nothing_there(self, server, path):
+        for verb in ("GET", "POST", "HEAD"):
+            answer = server.request(verb, path)
+            assert answer.status == 404
+            assert verb == "HEAD" and not answer.body or answer.json | {"message": ""} == {
+                "error": "Not Found", "message": "", "mcp_endpoint": "/mcp", "mcp_version": "2025-11-25"}
+
+    @pytest.mark.parametrize("path", ["/../etc/passwd", "/%2e%2e/x", "/a/../mcp", "/%00"])
+    def test_paths_that_lead_nowhere(self, server, path):
+        assert server.request("GET", path).status in (400, 404)
+
+    def test_every_answer_is_guarded(self, server):
+        for path in ("/", "/health", "/nope", "/metrics", "/cockpit.html"):
+            answer = server.request("GET", path)
+            assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["referrer-policy"] == "no-referrer"
+            assert "date" in answer.headers
+        assert server.request("GET", "/metrics").headers["cache-control"] == "no-store"
+        page = server.request("GET", "/cockpit.html")
+        if page.status == 200:
+            policy = page.headers["content-security-policy"]
+            assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+            assert page.headers["x-frame-options"] == "DENY" and server.request("GET", "/cockpit").body == page.body
+
+    @pytest.mark.parametrize(("headers", "status"), [
+        ({"Host": "localhost"}, 200), ({"Host": "127.0.0.1:9"}, 200), ({"Host": "[::1]:80"}, 200), ({"Host": "LOCALHOST:1"}, 200),
+        ({"Host": "evil.example"}, 421), ({"Host": "127.0.0.1.evil.example"}, 421), ({"Host": "localhost.evil"}, 421),
+        ({"Host": "10.0.0.1"}, 421), ({"Host": "evil.example", "Origin": "http://evil.example"}, 421),
+        ({"Origin": "http://localhost:3000"}, 200), ({"Origin": "http://127.0.0.1"}, 200), ({"Origin": "https://[::1]:7"}, 200),
+        ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost.evil"}, 403),
+        ({"Origin": "http://localhost@evil"}, 403), ({"Origin": "file://"}, 403), ({"Origin": ""}, 403)])
+    def test_hosts_and_origins_without_keys(self, server, headers, status):
+        answer = server.request("POST", "/mcp", ROUTE_BODY["/mcp"], JSON_KIND | headers)
+        assert answer.status == status
+        for path in ("/", "/healthz", "/sse?topic=jobs", "/metrics", "/nope", "/cockpit.html"):
+            if status != 200:
+                assert server.request("GET", path, None, headers).status == status, "every route, the open ones too"
+        if "Origin" in headers and status == 200:
+            assert answer.headers["access-control-allow-origin"] == headers["Origin"]
+            assert "access-control-allow-credentials" not in answer.headers
+        else:
+            assert "access-control-allow-origin" not in answer.headers
+
+    def test_hosts_and_origins_with_keys(self, make_server):
+        server = make_server(LUKHAS_MCP_API_KEYS="k", LUKHAS_MCP_CORS_ORIGINS="https://ok.example", key="k")
+        for headers, status in (({"Host": "anything.example"}, 200), ({"Host": "x.example", "Origin": "https://x.example"}, 200),
+                                ({"Origin": "https://ok.example"}, 200), ({"Origin": "http://ok.example"}, 403),
+                                ({"Origin": "https://ok.example.evil"}, 403), ({"Origin": "null"}, 403)):
+            answer = server.request("POST", "/mcp", ROUTE_BODY["/mcp"], JSON_KIND | headers)
+            assert answer.status == status, headers
+        public = make_server(LUKHAS_MCP_API_KEYS="k", LUKHAS_MCP_ALLOWED_HOSTS="in.example", key="k", port=free_port(),
+                             LUKHAS_MCP_PUBLIC_URL="https://ops.example/base")
+        for headers, status in (({"Host": "in.example:8"}, 200), ({"Host": "ops.example"}, 200), ({"Host": "x.example"}, 421),
+                                ({"Origin": "https://ops.example"}, 200)):
+            assert public.request("POST", "/mcp", ROUTE_BODY["/mcp"], JSON_KIND | headers).status == status, headers
+        assert public.request("GET", "/").json["mcp_endpoint"] == "https://ops.example/base/mcp"
+
+    @pytest.mark.parametrize("path", ["/mcp", "/sse", "/nope", "/"])
+    def test_preflight(self, locked_server, path):
+        answer = locked_server.request("OPTIONS", path, None, {
+            "Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "content-type, x-api-key, mcp-param-x, evil"})
+        assert answer.status in (200, 204) and not answer.body
+        allowed = {name.strip().lower() for name in answer.headers["access-control-allow-headers"].split(",")}
+        assert {"content-type", "authorization", "x-api-key", "accept", "last-event-id", "mcp-protocol-version", "mcp-session-id",
+                "mcp-method", "mcp-name", "mcp-param-x"} <= allowed and "evil" not in allowed
+        assert "POST" in answer.headers["access-control-allow-methods"]
+        assert answer.headers["access-control-allow-origin"] == "http://localhost:3000" and "Origin" in answer.headers["vary"]
+        assert locked_server.request("OPTIONS", path, None, {"Origin": "http://evil.example"}).status == 403
+
+    @pytest.mark.parametrize(("headers", "status"), [
+        ({}, 415), ({"Content-Type": "text/plain"}, 415), ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ({"Content-Type": "multipart/form-data"}, 415), ({"Content-Type": "application/jsonx"}, 415),
+        ({"Content-Type": "application/json; charset=utf-8"}, 200), ({"Content-Type": "Application/JSON"}, 200),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415),
+        ({"Content-Type": "application/json", "Content-Encoding": "identity"}, 200)])
+    def test_content_types(self, server, headers, status):
+        answer = server.request("POST", "/mcp", ROUTE_BODY["/mcp"], headers)
+        assert answer.status == status and (status == 200 or "application/json" in answer.text or "Encoding" in answer.text)
+
+    def test_the_root(self, server):
+        answer = server.request("GET", "/", None, {"Accept": "*/*"}).json
+        assert answer["mcp_endpoint"] == f"{server.url}/mcp" and answer["tools"] == len(lm.TOOLS)
+        assert set(answer["protocol_versions"]) == set(lm.REVISIONS)
+        for target, place in (("/", "/cockpit.html"), ("/?key=a%26b&x=1", "/cockpit.html?key=a%26b&x=1")):
+            moved = server.request("GET", target, None, {"Accept": "text/html,application/xhtml+xml"})
+            assert moved.status in (302, 303, 307) and moved.headers["location"] == place
+
+    def test_health(self, server):
+        health = server.request("GET", "/health").json
+        assert health["status"] == "healthy" and health["server"] == "lukhas-mcp-server" and health["version"] == lm.__version__
+        assert abs(lm.parse_utc(health["timestamp"]) - time.time()) < 60 and health["mcp_version"] == "2025-11-25"
+        for path in ("/healthz", "/readyz"):
+            got, head = server.request("GET", path), server.request("HEAD", path)
+            assert got.status == head.status == 200 and not head.body and head.headers["content-length"] == str(len(got.body))
+        ready = server.request("GET", "/readyz").json
+        assert ready["status"] == "ready" and ready["controller"]["held"] is True
+
+    def test_metrics(self, make_server):
+        server = make_server()
+        server.call("promote_model", modelId="m", gate="stage")
+        server.call_error("status", jobId="job_x")
+        for path in ("/nope", "/" + "x" * 500, "/nope2"):
+            server.request("GET", path)
+        answer = server.request("GET", "/metrics")
+        assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+        series = read_metrics(answer.text)
+        assert series['http_requests_total{route="/mcp",method="POST",status="200"}'] == 2
+        assert series['http_requests_total{route="other",method="other",status="404"}'] == 3
+        assert series['lukhas_tool_calls_total{tool="promote_model",outcome="ok"}'] == 1
+        assert series['lukhas_tool_calls_total{tool="status",outcome="error"}'] == 1
+        assert series['lukhas_jobs{status="completed"}'] == 0 and series["lukhas_database_ok"] == 1
+        with server.sse("jobs") as stream:
+            stream.next_frame()
+            assert read_metrics(server.request("GET", "/metrics").text)["lukhas_sse_clients"] == 1
+        del stream  # with it goes the socket
+        wait_until(lambda: read_metrics(server.request("GET", "/metrics").text)["lukhas_sse_clients"] == 0)
+
+    def test_observe(self, server):
+        lines = ['{"gate":"g","requests":[{"latency_ms":1,"ok":true}]}', "", "  ", "no json", "5", '{"gate":"g"}',
+                 '{"gate":"g","latency_ms":[1,2],"errors":1}', '{"gate":"a b","latency_ms":[1],"errors":0}']
+        answer = server.request("POST", "/observe", "\r\n".join(lines), {"Content-Type": "application/x-ndjson"})
+        assert answer.status == 202 and answer.json["accepted"] == 3
+        assert [one["line"] for one in answer.json["rejected"]] == [4, 5, 6, 8]
+        assert all(one["error"] for one in answer.json["rejected"]) and "JSON" in answer.json["rejected"][0]["error"]
+        assert server.request("POST", "/observe", lines[0], {"Content-Type": "text/plain"}).status == 415
+        flood = server.request("POST", "/observe", "1\n" * 1_000_000, JSON_KIND)
+        assert flood.status == 413 and "10000" in flood.text
+
+    def test_the_limit(self, make_server):
+        server = make_server(MCP_RL_BUCKET=3, MCP_RL_WINDOW_MS=600_000)
+        answers = [server.request("POST", "/mcp", ROUTE_BODY["/mcp"], JSON_KIND) for _ in range(5)]
+        assert [one.status for one in answers] == [200, 200, 200, 429, 429]
+        assert answers[3].json == {"jsonrpc": "2.0", "id": None, "error": {"code": -32001, "message": "Rate limit"}}
+        assert 0 < int(answers[3].headers["retry-after"]) <= 600
+        assert answers[0].headers["ratelimit"] == '"default";r=2;t=200' and "ratelimit-policy" in answers[0].headers
+        for path in ("/sse?topic=jobs", "/metrics"):
+            assert server.request("GET", path).status == 429
+        for path in ("/", "/health", "/healthz", "/readyz", "/cockpit.html", "/nope"):
+            assert server.request("GET", path).status in (200, 404), "what is open has no limit"
+        assert server.request("POST", "/mcp", ROUTE_BODY["/mcp"], JSON_KIND | {"X-Forwarded-For": "1.2.3.4"}).status == 429
+
+    def test_stopping_has_a_reserve(self, make_server):
+        server = make_server(MCP_RL_BUCKET=3, MCP_RL_WINDOW_MS=600_000)
+        job_id = "job_00000000"
+        for _ in range(3):
+            server.call("list_jobs")
+        call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "status", "arguments": {"jobId": job_id}}}
+        assert server.rpc("tools/call", call["params"])[0] == 429
+        for name, arguments in (("abort_canary", {"canaryId": "canary_x"}), ("cancel_job", {"jobId": job_id})):
+            status, _, document = server.rpc("tools/call", {"name": name, "arguments": arguments})
+            assert status == 200 and "result" in document, name
+        assert server.rpc("tools/call", {"name": "delete_file", "arguments": {}})[0] == 429
+        assert server.rpc("tools/call", {"name": "cancel_job", "arguments": {}}, request_id=2)[0] == 200
+        assert server.rpc("tools/call", {"name": "cancel_job", "arguments": {}})[0] == 429, "the reserve has an end too"
+        for body in (b"{", b"[]", b'{"method":"tools/call","params":{"name":["cancel_job"]}}', b'{"method":"tools/call"}', b"5"):
+            assert server.request("POST", "/mcp", body, JSON_KIND).status == 429
+
+    def test_wrong_keys_draw_from_the_address(self, make_server):
+        server = make_server(MCP_RL_BUCKET=3, MCP_RL_WINDOW_MS=600_000, LUKHAS_MCP_API_KEYS="a:one,b:two")
+        ask = lambda key: server.request("POST", "/mcp", ROUTE_BODY["/mcp"], JSON_KIND | {"X-API-Key": key}).status
+        assert [ask(f"guess-{at}") for at in range(5)] == [401, 401, 401, 429, 429]
+        assert [ask("one") for _ in range(4)] == [200, 200, 200, 429], "a good key has a bucket of its own"
+        assert ask("two") == 200 and ask("guess") == 429
+
+    def test_trusted_proxies(self, make_server):
+        server = make_server(MCP_RL_BUCKET=1, MCP_RL_WINDOW_MS=600_000, LUKHAS_MCP_TRUSTED_PROXIES="127.0.0.0/8,::1")
+        ask = lambda who: server.request("POST", "/mcp", ROUTE_BODY["/mcp"], JSON_KIND | {"X-Forwarded-For": who}).status
+        assert [ask("9.9.9.9"), ask("9.9.9.9"), ask("8.8.8.8"), ask("1.1.1.1, 8.8.8.8")] == [200, 429, 200, 429]
+        server.stop()
+        assert [line["ip"] for line in server.log_lines if line.get("path") == "/mcp"] == ["9.9.9.9", "9.9.9.9", "8.8.8.8", "8.8.8.8"]
+
+    def test_the_access_log(self, make_server):
+        server = make_server(LUKHAS_MCP_API_KEYS="ann:viewer:the-secret")
+        server.key = "the-secret"
+        server.request("GET", "/metrics?a=1&key=hidden", None, {"User-Agent": "agent/1\u00e9".encode("latin-1")})
+        server.key = ""
+        server.request("GET", "/sse?topic=jobs&KEY=alsohidden")
+        server.stop()
+        lines = [line for line in server.log_lines if line.get("path", "").startswith(("/metrics", "/sse"))]
+        assert [(one["method"], one["status"], one["key"]) for one in lines] == [("GET", 200, "ann"), ("GET", 401, None)]
+        assert lines[0]["path"] == "/metrics?a=1&key=***" and lines[0]["ua"].startswith("agent/1") and lines[0]["ms"] >= 0
+        assert lines[0]["ip"] == "127.0.0.1" and lines[0]["ts"].endswith("Z")
+        assert "hidden" not in server.stderr.replace("***", "") and "the-secret" not in server.stderr
+
+    def test_streams_are_bounded(self, make_server):
+        server = make_server(LUKHAS_MCP_MAX_STREAMS_PER_KEY=2, LUKHAS_MCP_MAX_STREAMS=3, LUKHAS_MCP_API_KEYS="a:one,b:two")
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(server.sse("jobs", headers={"X-API-Key": key})) for key in ("one", "one", "one", "two", "two")]
+            assert [one.status for one in opened] == [200, 200, 429, 200, 429]
+            assert int(opened[2].headers["retry-after"]) > 0
+        opened.clear()
+
+        def can_open():
+            with server.sse("jobs", headers={"X-API-Key": "one"}) as stream:
+                return stream.status == 200
+        wait_until(can_open, what="a place freed by those who left")
+
+
+# ==============================================================================
+# 74. Exports -- the evidence over HTTP: for keys, one at a time, nothing left behind
+# uses: Front, Fakes, Tables, Routes, Evidence
+# ==============================================================================
+
+
+@pytest.fixture(scope="module")
+def evidence_server(tmp_path_factory):
+    """A server with a key of each role and some audit rows."""
+    keys = ",".join(f"{role}-1:{role}:{secret}" for role, secret in ROLE_KEYS.items())
+    one = Server(tmp_path_factory.mktemp("evidence"), {"LUKHAS_MCP_API_KEYS": keys}, key=ROLE_KEYS["admin"]).start()
+    for at in range(3):
+        one.call("promote_model", modelId=f"m{at}", gate="g", reason=f"reason {at}\n[2025-01-01 00:00] actor=system action=x details={{}}")
+    yield one
+    one.stop()
+
+
+class TestExports:
+    """GET /evidence/export."""
+
+    def test_a_zip_that_the_command_accepts(self, evidence_server, tmp_path):
+        answer = evidence_server.request("GET", "/evidence/export")
+        assert answer.status == 200 and answer.headers["content-type"] == "application/zip"
+        assert re.fullmatch(r'attachment; filename="ops-evidence-\d{14}\.zip"', answer.headers["content-disposition"])
+        digest = base64.b64encode(hashlib.sha256(answer.body).digest()).decode()
+        assert answer.headers["content-digest"] == f"sha-256=:{digest}:"
+        (tmp_path / "e.zip").write_bytes(answer.body)
+        assert lm.main(["verify", str(evidence_server.db), "--evidence", str(tmp_path / "e.zip")]) == 0
+        members = lm.read_evidence(str(tmp_path / "e.zip"))
+        assert json.loads(members["meta.json"])["rows"] == 3 and list(members) == MEMBERS
+        assert len(members["narrative.txt"].splitlines()) == 3
+        everything = b"".join(members.values())
+        assert not any(secret.encode() in everything for secret in ROLE_KEYS.values()) and str(evidence_server.repo).encode() not in everything
+        state = evidence_server.folder / "state"
+        assert not [path for path in state.rglob("*") if path.suffix == ".zip" or "tmp" in path.name], "no temporary file"
+
+    @pytest.mark.parametrize(("query", "status"), [
+        ("?from=30d&to=now", 200), ("?from=2020-01-01&to=2020-01-02", 200), ("?from=2020-01-01T00:00:00+02:00", 200), ("?from=90m", 200),
+        ("?from=banana", 400), ("?from=30d&to=banana", 400), ("?from=1d&to=2d", 400), ("?from=99999d", 400), ("?from=0d", 400),
+        ("XYZ", 404), ("/", 404), ("/x", 404)])
+    def test_what_is_asked(self, evidence_server, query, status):
+        answer = evidence_server.request("GET", "/evidence/export" + query)
+        assert answer.status == status
+        assert status != 400 or "from" in answer.json["message"] or "to" in answer.json["message"]
+
+    def test_who_may(self, evidence_server):
+        assert evidence_server.request("GET", "/evidence/export", headers={"X-API-Key": "wrong"}).status == 401
+        assert evidence_server.request("POST", "/evidence/export").status == 405
+        for role, secret in ROLE_KEYS.items():
+            status = evidence_server.request("GET", "/evidence/export", headers={"X-API-Key": secret}).status
+            assert status == (403 if role == "reporter" else 200)
+
+    def test_one_at_a_time(self, monkeypatch):
+        services = types.SimpleNamespace(config=types.SimpleNamespace(state_dir="", db="", audit="all"), clock=lm.SystemClock(), is_exporting=False,
+                                         reads=types.SimpleNamespace(note=lambda *words: None))
+        request = types.SimpleNamespace(parameter=lambda name: None, principal=lm.ANONYMOUS)
+        monkeypatch.setattr(lm, "make_evidence_file", lambda *words: (time.sleep(0.2), (io.BytesIO(b"z"), b""))[1])
+
+        async def story():
+            found = await asyncio.gather(lm.route_evidence(services, request), lm.route_evidence(services, request), return_exceptions=True)
+            assert found[0].status == 200 and isinstance(found[1], lm.RateLimited) and found[1].status == 429
+            assert not services.is_exporting and (await lm.route_evidence(services, request)).status == 200
+        run_async(story())
+
+    def test_nowhere_to_write(self, make_server):
+        server = make_server()
+        shutil.rmtree(server.folder / "state")
+        answer = server.request("GET", "/evidence/export")
+        assert answer.status == 503 and "LUKHAS_MCP_STATE_DIR" in answer.text
+        assert server.request("GET", "/readyz").status == 200
+
+
+# ==============================================================================
+# 75. Lease -- one process drives; the snapshot file goes out and comes in
+# uses: Front, Fakes, Tables, Store
+# ==============================================================================
+
+
+SNAPSHOT = {"jobs": [
+    {"jobId": "job_0000000a", "taskId": "t", "configId": "c", "status": "COMPLETED", "startedAt": "2025-06-01T10:00:00.000Z",
+     "updatedAt": "2025-06-01T10:00:01.000Z", "result": {"taskId": "t", "configId": "c", "metrics": {"a": 1}, "artifacts": []}},
+    {"jobId": "job_0000000b", "taskId": "t", "configId": "c", "status": "RUNNING", "startedAt": "2025-06-01T10:00:02.000Z",
+     "updatedAt": "2025-06-01T10:00:02.000Z"}],
+    "models": [{"modelId": "m", "gates": ["stage", "prod"], "promoted": True, "promotedAt": "2025-06-01T10:00:03.000Z"}]}
+
+
+class TestLease:
+    """Who drives, and the file beside the database."""
+
+    def test_one_holds_it(self, tmp_path):
+        first, second = lm.Lease(str(tmp_path / "x.db"), "pid 1"), lm.Lease(str(tmp_path / "x.db"), "pid 2")
+        assert first.holder() == "" and first.try_acquire() and first.try_acquire()
+        assert not second.try_acquire() and second.holder() == "pid 1"
+        first.release()
+        first.release()
+        assert second.try_acquire() and first.holder() == "pid 2" and not first.try_acquire()
+        second.release()
+
+    def test_nowhere_to_lock(self, tmp_path):
+        with pytest.raises(lm.ConfigError, match="nowhere"):
+            lm.Lease(str(tmp_path / "nowhere" / "x.db"), "pid 1").try_acquire()
+
+    def test_a_dead_holder_holds_nothing(self, tmp_path):
+        process = run_python("lease = lm.Lease(sys.argv[1], 'pid 7'); print(lease.try_acquire(), flush=True); sys.stdin.read()",
+                             tmp_path / "x.db")
+        assert process.stdout.readline() == "True\n"
+        lease = lm.Lease(str(tmp_path / "x.db"), "pid 8")
+        assert not lease.try_acquire()
+        process.kill()
+        process.communicate()
+        assert lease.try_acquire() and lease.holder() == "pid 8"
+        lease.release()
+
+    def test_out_and_in(self, tmp_path):
+        path = tmp_path / "state.json"
+        path.write_text(json.dumps(SNAPSHOT))
+
+        async def story():
+            async with open_store(tmp_path) as store:
+                snapshot = lm.Snapshot(str(path), store)
+                await snapshot.load()
+                assert store.find_job("job_0000000a").result == SNAPSHOT["jobs"][0]["result"]
+                assert store.gates_of("m") == ["stage", "prod"]
+                assert store.find_model("m") == {"model_id": "m", "promoted": True, "promoted_at": "2025-06-01T10:00:03.000Z"}
+                await store.write(lambda tx: tx.promote("n", "stage"))
+                await snapshot.save()
+                document = json.loads(path.read_text())
+                assert [one["jobId"] for one in document["jobs"]] == ["job_0000000b", "job_0000000a"]
+                assert {one["modelId"]: one["gates"] for one in document["models"]} == {"m": ["stage", "prod"], "n": ["stage"]}
+                before = path.stat().st_mtime_ns
+                await snapshot.save()
+                assert path.stat().st_mtime_ns == before, "nothing changed, nothing written"
+                await lm.Snapshot(str(path), store).load()  # this database knows some: nothing is imported
+                assert len(store.list_jobs()) == 2
+                assert [one.name for one in tmp_path.iterdir() if "tmp" in one.name] == []
+            (tmp_path / "second").mkdir()
+            async with open_store(tmp_path / "second") as store:
+                await lm.Snapshot(str(path), store).load()
+                assert len(store.list_jobs()) == 2 and store.gates_of("m") == ["stage", "prod"]
+        run_async(story())
+        assert lm.verify_file(str(tmp_path / "state.db")) is None
+
+    @pytest.mark.parametrize("text", [
+        "", "no json", "[]", "5", "null", '"x"', "{}", '{"jobs":5}', '{"jobs":[5]}', '{"jobs":[{}]}', '{"models":[{}]}', "\xff",
+        '{"models":[{"modelId":"m"},{"modelId":"m"}]}', '{"models":[{"modelId":5,"gates":[{}]}]}', '{"models":[{"modelId":"m","gates":5}]}',
+        '{"models":[{"modelId":"m","gates":["a","a"]}]}',
+        json.dumps({"jobs": [SNAPSHOT["jobs"][0] | {"status": "DONE"}]}), json.dumps({"jobs": [SNAPSHOT["jobs"][0]] * 2}),
+        json.dumps({"jobs": [SNAPSHOT["jobs"][0] | {"startedAt": None}]}), json.dumps({"jobs": [SNAPSHOT["jobs"][0] | {"jobId": ["x"]}]}),
+        json.dumps({"jobs": [SNAPSHOT["jobs"][0] | {"result": 5}]}), json.dumps({"jobs": [SNAPSHOT["jobs"][0] | {"taskId": "\ud800"}]})])
+    def test_a_spoilt_snapshot_stops_nothing(self, tmp_path, text, caplog):
+        path = tmp_path / "state.json"
+        path.write_text(text, encoding="latin-1" if text == "\xff" else "utf-8")
+
+        async def story():
+            async with open_store(tmp_path) as store:
+                await lm.Snapshot(str(path), store).load()
+                is_whole = len(store.list_jobs()) + len(store.list_models())
+                assert is_whole or text == "{}" or any(str(path) in record.getMessage() for record in caplog.records), "told"
+                await store.write(lambda tx: tx.record(make_record(1)))
+                assert store.fault == ""
+        run_async(story())
+        assert lm.verify_file(str(tmp_path / "state.db")) is None
+
+    def test_a_place_that_cannot_be_written_is_told_once(self, tmp_path, caplog):
+        async def story():
+            async with open_store(tmp_path) as store:
+                await store.write(lambda tx: tx.promote("m", "stage"))
+                snapshot = lm.Snapshot(str(tmp_path / "nowhere" / "state.json"), store)
+                for _ in range(5):
+                    await snapshot.save()
+        run_async(story())
+        assert len([record for record in caplog.records if "nowhere" in record.getMessage()]) == 1
+
+    def test_through_a_server(self, make_server):
+        server = make_server(started=False)
+        (server.repo / ".mcp-state.json").write_text(json.dumps(SNAPSHOT))
+        server.start()
+        assert server.call("status", jobId="job_0000000a")["result"]["metrics"] == {"a": 1}
+        assert server.wait_for("status", jobId="job_0000000b")["reason"] == "interrupted"
+        server.call("promote_model", modelId="later", gate="stage")
+
+        def models():
+            return {one["modelId"] for one in json.loads((server.repo / ".mcp-state.json").read_text())["models"]}
+        wait_until(lambda: "later" in models(), 10, "the snapshot")
+        server.call("promote_model", modelId="at-the-end", gate="stage")
+        server.stop()
+        assert models() == {"m", "later", "at-the-end"}
+
+    def test_a_second_process_serves_and_takes_over(self, make_server, tmp_path_factory):
+        first = make_server()
+        second = make_server(LUKHAS_MCP_DB=first.db, LUKHAS_REPO_ROOT=first.repo)
+        ready = second.request("GET", "/readyz").json["controller"]
+        assert ready == {"held": False, "holder": f"pid {first.process.pid}"}
+        text = second.call_error("run_eval", taskId="probe", configId="ci")
+        assert "another process" in text and str(first.process.pid) in text
+        first.call("promote_model", modelId="m", gate="stage")
+        assert second.call("gate_status", gate="stage")["models"] == ["m"], "reading is for all"
+        with first.sse("models") as stream:
+            stream.until_event("open")
+            second.call("promote_model", modelId="n", gate="stage")
+            stream.until(lambda frame: frame.event == "model" and frame.json["modelId"] == "n")
+        first.kill()
+        wait_until(lambda: second.request("GET", "/readyz").json["controller"]["held"], 15, "the lease")
+        job_id = second.call("run_eval", taskId="probe", configId="ci")["jobId"]
+        assert second.wait_for("status", jobId=job_id)["status"] == "COMPLETED"
+        second.stop()
+        assert lm.verify_file(str(first.db)) is None
+
+
+# ==============================================================================
+# 76. Rounds -- keys read again, checkpoints, and history that does not grow for ever
+# uses: Front, Fakes, Tables, Store
+# ==============================================================================
+
+
+class TestRounds:
+    """What a running server does now and then."""
+
+    def test_keys_are_read_again(self, make_server, tmp_path):
+        keys = tmp_path / "keys"
+        keys.write_text("old:viewer:s-old\nstay:operator:s-stay\nswap:viewer:s-swap\n")
+        server = make_server(LUKHAS_MCP_API_KEYS="root:admin:s-root", LUKHAS_MCP_API_KEYS_FILE=keys, key="s-root")
+
+        def status(secret):
+            return server.request("GET", "/metrics", headers={"X-API-Key": secret}).status
+
+        def reload(text):
+            rows = len(reloads())
+            keys.write_text(text)
+            server.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: len(reloads()) > rows, what="the row of the reload")
+
+        def reloads():
+            return read_rows(server.db, "SELECT payload_json FROM audits WHERE action='keys_reload' ORDER BY id")
+        assert [status(one) for one in ("s-old", "s-stay", "s-swap", "s-root")] == [200] * 4
+        with server.sse("jobs", headers={"X-API-Key": "s-old"}) as gone, server.sse("jobs", headers={"X-API-Key": "s-swap"}) as swapped, \
+                server.sse("models", headers={"X-API-Key": "s-stay"}) as stays:
+            for stream in (gone, swapped, stays):
+                stream.until_event("open")
+            reload("stay:operator:s-stay\nfresh:viewer:s-fresh\nswap:viewer:s-other\n")
+            begun_s = time.monotonic()
+            assert gone.next_frame(1.0) is None and swapped.next_frame(1.0) is None and time.monotonic() - begun_s < 1.0
+            server.call("promote_model", modelId="m", gate="g")
+            stays.until_event("model")
+        assert [status(one) for one in ("s-old", "s-swap", "s-stay", "s-fresh", "s-other", "s-root")] == [401, 401, 200, 200, 200, 200]
+        details = json.loads(reloads()[0][0])
+        assert details["removed"] == ["old", "swap"] and details["added"] == ["fresh", "swap"] and "s-" not in reloads()[0][0]
+        for text in ("", "a:viewer:x\na:viewer:y\n", "nobody:viewer:\n"):
+            reload(text)
+            assert json.loads(reloads()[-1][0])["outcome"] == "refused"
+            assert [status(one) for one in ("s-stay", "s-fresh", "s-root")] == [200] * 3 and server.request(
+                "GET", "/metrics", headers={"X-API-Key": ""}).status == 401
+        assert "s-stay" not in server.stderr and server.stop() == 0
+
+    def test_a_ring_never_becomes_open(self):
+        ring = lm.KeyRing(lm.parse_keys("a:viewer:x", "f"), system_secret="s")
+        with pytest.raises(ValueError, match="no key"):
+            ring.replace([])
+        assert ring.find("x") and ring.find("s") is lm.SYSTEM and not ring.is_open
+        old = ring.find("x")
+        assert ring.replace(lm.parse_keys("a:operator:x,b:viewer:y", "f")) == ({"a"}, {"a", "b"})
+        assert not ring.knows(old) and ring.knows(ring.find("y")) and ring.find("s") is lm.SYSTEM
+
+    def test_a_shared_key_is_told_once(self, make_server):
+        use = lm.KeyUse()
+        assert [use.note("a", "curl", "::1", 0), use.note("a", "curl", "::1", 1), use.note("a", "curl", "::2", 62),
+                use.note("a", "curl", "::1", 63), use.note("a", "x", "::1", 64)] == [False, False, False, True, False]
+        server = make_server(LUKHAS_MCP_API_KEYS="a:viewer:s-a,b:viewer:s-b")
+        for secret, agent in (("s-a", "one"), ("s-b", "one"), ("s-b", "one"), ("s-a", "two"), ("s-a", "three")):
+            server.request("GET", "/metrics", headers={"X-API-Key": secret, "User-Agent": agent})
+        rows = wait_until(lambda: read_rows(server.db, "SELECT payload_json FROM audits WHERE action='key_shared'"))
+        server.stop()
+        assert len(rows) == 1 and json.loads(rows[0][0])["key"] == "a" and server.stderr.count("two clients use the key a ") == 1
+
+    def test_read_only(self, make_server):
+        server = make_server(LUKHAS_MCP_READ_ONLY=1)
+        _, _, document = server.rpc("tools/list")
+        assert all(one["annotations"]["readOnlyHint"] for one in document["result"]["tools"])
+        _, _, document = server.rpc("tools/call", {"name": "promote_model", "arguments": {"modelId": "m", "gate": "g"}})
+        assert document["error"]["code"] == -32602 and not read_rows(server.db, "SELECT * FROM models")
+
+    def test_a_server_leaves_a_checkpoint_that_no_tool_writes(self, make_server):
+        server = make_server()
+        server.call("promote_model", modelId="m", gate="g")
+        server.stop()
+        marks = server.folder / "kept"
+        shutil.copyfile(f"{server.db}.checkpoints", marks)
+        kept = lm.parse_checkpoints(marks.read_text())
+        assert kept and lm.verify_log(str(server.db), kept).fault is None
+        change_rows(server.db, "DELETE FROM audits WHERE id=(SELECT max(id) FROM audits)")
+        os.unlink(f"{server.db}.checkpoints")
+        assert lm.verify_log(str(server.db)).fault is None
+        assert "is missing, and all after it" in lm.verify_log(str(server.db), kept).fault
+        shutil.copyfile(marks, f"{server.db}.checkpoints")
+        server.start()
+        for name in (".mcp-state.db.checkpoints", ".mcp-state.db.sealed-1.zip"):
+            assert "belongs to the server" in server.call_error("write_file", path=name, contents="x", overwrite=True)
+
+    def test_history_is_bounded_and_evidence_is_not(self, tmp_path):
+        async def story():
+            async with open_store(tmp_path) as store:
+                def work(tx):
+                    for at, (status, updated_at) in enumerate((("ROLLED_BACK", "2024"), ("PROMOTED", "2024"), ("RUNNING", "2024"), ("FAILED", "2026"))):
+                        canary = make_canary(at, status=lm.CanaryStatus(status), updated_at=f"{updated_at}-01-01T00:00:00.000Z")
+                        tx.insert_canary(canary)
+                        tx.add_sample(canary, lm.Sample(1, 1.0, "2024-01-01T00:00:00.000Z", 1.0, 0.0, "stub"))
+                    for at in range(30):
+                        tx.publish("job", f"job_{at}", "s", {})
+                    tx.record(make_record(1))
+                await store.write(work)
+                assert await store.write(lambda tx: tx.sweep_events(10)) == 21
+                assert await store.write(lambda tx: tx.sweep_events(10)) == 0
+                assert store.oldest_event_id() == 22 and store.newest_event_id() == 31
+                assert await store.write(lambda tx: tx.sweep_samples("2025-01-01T00:00:00.000Z")) == 1
+                assert [len(store.load_samples(f"canary_{at:08}")) for at in range(4)] == [0, 1, 1, 1]
+                assert store.count("audits") == 1
+        run_async(story())
+
+
+# ==============================================================================
+# 77. Connection -- slow, early, half-closed, pipelining and deaf clients
+# uses: Front, Fakes, Routes
+# ==============================================================================
+# The server runs in this process, so that its deadlines can be made short; the sockets are real.
+
+
+GET_HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+PING_BODY = ROUTE_BODY["/mcp"].encode()
+
+
+def post_head(length=None, *lines, path="/mcp"):
+    """The head of a POST of JSON; without a length as chunks."""
+    framing = f"Content-Length: {length}" if length is not None else "Transfer-Encoding: chunked"
+    return "\r\n".join([f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", framing, *lines, "", ""]).encode()
+
+
+PING = post_head(len(PING_BODY)) + PING_BODY
+
+
+#: Requests that no further byte can mend, and the status of the one answer.
+IMPOSSIBLE = [
+    (post_head(10_000_000), 413), (post_head() + b"f00000\r\n", 413), (post_head(10_000_000, "Expect: 100-continue"), 413),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", 431),
+    (b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\n", 414), (b"GET / HTTP/1.1\n\n", 400), (b"GET / HTTP/1.1\r\n\r\n", 400),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400), (b"GET / HTTP/2.0\r\nHost: localhost\r\n\r\n", 505),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), (b"hello\r\n\r\n", 400), (post_head(5, "Transfer-Encoding: chunked"), 400),
+    (post_head(5, "Content-Length: 6"), 400), (post_head(0, "Expect: miracles"), 417), (post_head() + b"zz\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400)]
+
+
+class Here:
+    """A server in this process."""
+
+    def __init__(self, server):
+        self.server, self.port, self.services = server, server.port, server.services
+
+    @property
+    def connections(self):
+        return self.server._wire.connections
+
+    async def connect(self, *, limit=1 << 26):
+        return await asyncio.open_connection("127.0.0.1", self.port, limit=limit)
+
+    async def talk(self, data, *, is_over=False):
+        """All that the server answers until it closes the connection."""
+        reader, writer = await self.connect()
+        writer.write(data)
+        if is_over:
+            writer.write_eof()
+        try:
+            async with asyncio.timeout(10):
+                return await reader.read(-1)
+        finally:
+            writer.close()
+
+    async def until(self, condition, what=""):
+        """Wait for a condition."""
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def serve_here(folder, **settings):
+    """A started server in this process; keyword arguments are settings."""
+    repo = folder / "repo" if (folder / "repo").exists() else make_repository(folder)
+    environ = {"LUKHAS_REPO_ROOT": str(repo), "XDG_STATE_HOME": str(folder / "state"), "PORT": "0", "MCP_RL_BUCKET": "0"}
+    config = lm.load_config({}, environ | {name: str(value) for name, value in settings.items()})
+    writer = lm.LogWriter()
+    server = lm.Server(lm.build_services(config, lm.SystemClock()), writer)
+    await server.start()
+    try:
+        yield Here(server)
+    finally:
+        if not server.services.is_draining:  # a second time would end this process
+            server.request_stop()
+            await asyncio.wait_for(server.run(), 15)
+        writer.stop()
+
+
+async def read_answer(reader):
+    """One answer with a Content-Length."""
+    async with asyncio.timeout(10):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        headers = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if line)
+        body = await reader.readexactly(int(headers.get("content-length", 0)))
+    return Answer(int(head.split(" ")[1]), headers, body)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Deadlines of a fraction of a second."""
+    for name, value in (("_HEAD_S", 0.3), ("_BODY_STALL_S", 0.3), ("_IDLE_S", 0.3), ("_WRITE_S", 0.3), ("_LINGER_S", 0.2)):
+        monkeypatch.setattr(lm, name, value)
+
+
+def with_server(folder, story, **settings):
+    """Run a story with a server in this process."""
+    async def whole():
+        async with serve_here(folder, **settings) as here:
+            await story(here)
+            await here.until(lambda: not here.connections, "all connections ended")
+    run_async(whole(), 60)
+
+
+class TestConnection:
+    """One socket at a time."""
+
+    @pytest.mark.parametrize("data", [b"G", b"GET /healthz HTTP/1.1\r\nHost: loc", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"])
+    def test_a_slow_head_is_cut(self, tmp_path, short, data):
+        async def story(here):
+            text = await here.talk(data)
+            assert text.startswith(b"HTTP/1.1 408 ") and b"connection: close" in text.lower()
+        with_server(tmp_path, story)
+
+    def test_a_head_that_trickles_is_cut_too(self, tmp_path, short):
+        async def story(here):
+            reader, writer = await here.connect()
+
+            async def trickle():
+                for byte in b"GET /healthz HTTP/1.1\r\nX: " + b"x" * 1000:
+                    writer.write(bytes([byte]))
+                    await asyncio.sleep(0.05)
+            task = asyncio.ensure_future(trickle())
+            assert (await read_answer(reader)).status == 408
+            task.cancel()
+            writer.close()
+        with_server(tmp_path, story)
+
+    def test_an_idle_connection_is_closed_without_a_word(self, tmp_path, short):
+        async def story(here):
+            assert await here.talk(b"") == b""
+            reader, writer = await here.connect()
+            writer.write(GET_HEALTH)
+            assert (await read_answer(reader)).status == 200
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+            writer.close()
+        with_server(tmp_path, story)
+
+    @pytest.mark.parametrize("data", [post_head(100) + b"{", post_head(100), post_head() + b"5\r\nab", post_head() + b"1\r\na\r\n"])
+    def test_a_stalled_body_is_cut(self, tmp_path, short, data):
+        async def story(here):
+            text = await here.talk(data)
+            assert text.startswith(b"HTTP/1.1 408 ") and b"body" in text
+        with_server(tmp_path, story)
+
+    def test_a_body_that_trickles_is_cut(self, tmp_path, short, monkeypatch):
+        monkeypatch.setattr(lm, "_BODY_WHOLE_S", 0.5)
+
+        async def story(here):
+            reader, writer = await here.connect()
+            writer.write(post_head(100_000))
+
+            async def trickle():
+                while True:
+                    writer.write(b" ")
+                    await asyncio.sleep(0.02)
+            task = asyncio.ensure_future(trickle())
+            assert (await read_answer(reader)).status == 408
+            task.cancel()
+            writer.close()
+        with_server(tmp_path, story)
+
+    def test_a_half_closed_client_is_answered(self, tmp_path):
+        async def story(here):
+            for data in (GET_HEALTH, PING, GET_HEALTH + PING):
+                text = await here.talk(data, is_over=True)
+                assert text.count(b"HTTP/1.1 200 OK") == data.count(b"HTTP/1.1")
+            assert (await here.talk(post_head(50) + b"{", is_over=True)).startswith(b"HTTP/1.1 400 ")
+            assert (await here.talk(b"GET / HT", is_over=True)).startswith(b"HTTP/1.1 400 ")
+            assert await here.talk(b"", is_over=True) == b""
+        with_server(tmp_path, story)
+
+    def test_pipelined_answers_keep_their_order(self, tmp_path):
+        def call(at):
+            body = json.dumps({"jsonrpc": "2.0", "id": at, "method": "tools/call", "params": (
+                {"name": "promote_model", "arguments": {"modelId": f"m{at}", "gate": "g"}} if at % 3 else
+                {"name": "list_jobs", "arguments": {}})}).encode()
+            return post_head(len(body)) + body if at % 2 else post_head() + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+
+        async def story(here):
+            for size in (1, 7, 1 << 20):
+                reader, writer = await here.connect()
+                data = b"".join(call(at) for at in range(30))
+                for begin in range(0, len(data), max(size, len(data) // 60) if size == 1 else size):
+                    writer.write(data[begin:begin + (max(size, len(data) // 60) if size == 1 else size)])
+                    await asyncio.sleep(0)
+                answers = [await read_answer(reader) for _ in range(30)]
+                assert [one.json["id"] for one in answers] == list(range(30)), size
+                assert all("result" in one.json for one in answers)
+                writer.close()
+        with_server(tmp_path, story)
+
+    def test_who_sends_ahead_is_held_back_and_loses_nothing(self, tmp_path):
+        async def story(here):
+            reader, writer = await here.connect()
+            count = 30_000
+            writer.write(GET_HEALTH * count)
+            (connection,) = (await wait_for_connections(here, 1))
+            await asyncio.sleep(0.3)
+            assert connection._parser.buffered < 1 << 20, "the rest waits in the sockets"
+            reading = 0
+            while reading < count:
+                async with asyncio.timeout(20):
+                    await reader.readuntil(b"ok\n")
+                reading += 1
+            writer.write(PING)
+            assert (await read_answer(reader)).status == 200
+            writer.close()
+        with_server(tmp_path, story)
+
+    @pytest.mark.parametrize("pages", [3, 2000])
+    def test_who_never_reads_is_given_up(self, tmp_path, short, pages, monkeypatch):
+        """Also when what is left is too little to count as a full buffer."""
+        async def large(services, request):
+            return lm.Response(200, [], b"x" * 30_000, "text/plain")
+        monkeypatch.setitem(lm.ROUTES, "/large", {"GET": lm.Route("GET", "/large", "open", 0, False, large)})
+
+        async def story(here):
+            deaf = socket.socket()
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            deaf.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(deaf, ("127.0.0.1", here.port))
+            (connection,) = await wait_for_connections(here, 1)
+            connection._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+            with contextlib.suppress(BlockingIOError):
+                deaf.send(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n" * pages)
+            await here.until(lambda: not here.connections, "given up")
+            deaf.close()
+        with_server(tmp_path, story)
+
+    def test_what_cannot_be_is_answered_at_once_and_closed(self, tmp_path, short):
+        async def story(here):
+            async def check(data, status):
+                started_s = time.monotonic()
+                text = await here.talk(data)
+                assert text.startswith(b"HTTP/1.1 %d " % status), (data[:100], text[:200])
+                assert b"connection: close" in text.lower() and len(re.findall(rb"^HTTP/1.1 [0-9]", text, re.M)) == 1, data[:100]
+                assert json.loads(text.partition(b"\r\n\r\n")[2])["message"] and time.monotonic() - started_s < 5
+            await asyncio.gather(*(check(*row) for row in IMPOSSIBLE))
+        with_server(tmp_path, story)
+
+    def test_a_refusal_reaches_a_client_that_is_still_sending(self, tmp_path):
+        """The answer must not be destroyed by a reset while a large body is on its way."""
+        def ask(port, data):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+                with contextlib.suppress(ConnectionError):
+                    connection.sendall(data)
+                return b"".join(iter(lambda: connection.recv(65536), b""))
+
+        async def story(here):
+            for _ in range(3):
+                head = post_head(3_000_000, "X-API-Key: wrong")
+                text = await asyncio.to_thread(ask, here.port, head + b" " * 60_000)
+                assert text.startswith(b"HTTP/1.1 401 ") and b"connection: close" in text.lower()
+        with_server(tmp_path, story, LUKHAS_MCP_API_KEYS="k")
+
+    def test_a_small_unwanted_body_is_skipped_and_the_connection_lives(self, tmp_path):
+        async def story(here):
+            reader, writer = await here.connect()
+            for body in (b"x" * 1000, b"GET /healthz HTTP/1.1\r\n\r\n"):
+                writer.write(post_head(len(body), "X-API-Key: wrong") + body + GET_HEALTH)
+                assert [(await read_answer(reader)).status for _ in range(2)] == [401, 200]
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (500, b"y" * 500)
+            writer.write(post_head(None, path="/nope") + body + GET_HEALTH)
+            assert [(await read_answer(reader)).status for _ in range(2)] == [404, 200]
+            writer.close()
+        with_server(tmp_path, story, LUKHAS_MCP_API_KEYS="k")
+
+    def test_expect(self, tmp_path):
+        async def story(here):
+            reader, writer = await here.connect()
+            writer.write(post_head(len(PING_BODY), "Expect: 100-continue", "X-API-Key: k"))
+            assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(PING_BODY)
+            assert (await read_answer(reader)).json["result"] == {}
+            writer.write(post_head(len(PING_BODY), "Expect: 100-continue", "X-API-Key: k") + PING_BODY)
+            answer = await read_answer(reader)
+            assert answer.status in (100, 200), "who does not wait needs no word"
+            if answer.status == 100:
+                answer = await read_answer(reader)
+            assert answer.json["result"] == {}
+            writer.write(post_head(len(PING_BODY), "Expect: 100-continue", "X-API-Key: wrong"))
+            answer = await read_answer(reader)
+            assert answer.status == 401 and answer.headers["connection"] == "close", "refused before the body was sent"
+            writer.close()
+        with_server(tmp_path, story, LUKHAS_MCP_API_KEYS="k")
+
+    def test_too_many_connections(self, tmp_path):
+        async def story(here):
+            first, second = await here.connect(), await here.connect()
+            await wait_for_connections(here, 2)
+            text = await here.talk(b"")
+            assert text.startswith(b"HTTP/1.1 503 ") and b"retry-after: 5" in text.lower()
+            second[1].close()
+            await wait_for_connections(here, 1)
+            assert (await here.talk(GET_HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))).startswith(b"HTTP/1.1 200 ")
+            first[1].close()
+        with_server(tmp_path, story, LUKHAS_MCP_MAX_CONNECTIONS=2)
+
+    def test_old_and_closing_clients(self, tmp_path):
+        async def story(here):
+            for data, closes in ((b"GET /healthz HTTP/1.0\r\n\r\n", True),
+                                 (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", True),
+                                 (b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", False), (GET_HEALTH, False)):
+                reader, writer = await here.connect()
+                writer.write(data)
+                answer = await read_answer(reader)
+                assert answer.status == 200 and answer.body == b"ok\n"
+                assert (answer.headers.get("connection") == "close") == closes
+                if closes:
+                    assert await asyncio.wait_for(reader.read(), 5) == b""
+                else:
+                    writer.write(data)
+                    assert (await read_answer(reader)).status == 200
+                writer.close()
+            text = await here.talk(b"GET /sse?topic=jobs HTTP/1.0\r\n\r\n", is_over=True)
+            assert b"transfer-encoding" not in text.lower() and b"event: open" in text
+        with_server(tmp_path, story)
+
+    def test_a_stream_ends_with_its_client(self, tmp_path):
+        async def story(here):
+            for leave in ("close", "half", "reset"):
+                reader, writer = await here.connect()
+                writer.write(b"GET /sse?topic=jobs HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                await asyncio.wait_for(reader.readuntil(b"event: open"), 5)
+                await here.until(lambda: len(here.services.broker.subscribers) == 1)
+                if leave == "half":
+                    writer.write_eof()
+                elif leave == "reset":
+                    writer.transport.abort()
+                else:
+                    writer.close()
+                await here.until(lambda: not here.services.broker.subscribers and not here.connections, leave)
+                writer.close()
+        with_server(tmp_path, story)
+
+    def test_a_client_may_send_on_a_stream_without_harm(self, tmp_path):
+        async def story(here):
+            reader, writer = await here.connect()
+            writer.write(b"GET /sse?topic=jobs HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await asyncio.wait_for(reader.readuntil(b"event: open"), 5)
+            (connection,) = here.connections
+            writer.write(GET_HEALTH * 100_000)
+            await asyncio.sleep(0.2)
+            assert connection._parser.buffered < 1 << 20 and len(here.services.broker.subscribers) == 1
+            writer.transport.abort()
+        with_server(tmp_path, story)
+
+    def test_a_fault_of_ours_is_a_500(self, tmp_path, monkeypatch, caplog):
+        async def boom(services, request):
+            raise RuntimeError("the details")
+
+        async def bad_header(services, request):
+            return lm.Response(200, [("X", "a\r\nb")], b"")
+        monkeypatch.setitem(lm.ROUTES, "/boom", {"GET": lm.Route("GET", "/boom", "open", 0, False, boom)})
+        monkeypatch.setitem(lm.ROUTES, "/bad", {"GET": lm.Route("GET", "/bad", "open", 0, False, bad_header)})
+
+        async def story(here):
+            with caplog.at_level(logging.ERROR, logger="lukhas"):
+                text = await here.talk(GET_HEALTH.replace(b"/healthz", b"/boom"))
+                assert text.startswith(b"HTTP/1.1 500 ") and b"connection: close" in text.lower() and b"details" not in text.replace(
+                    b"has the details", b"")
+                await here.talk(GET_HEALTH.replace(b"/healthz", b"/bad"))
+                assert [record.exc_info is not None for record in caplog.records] == [True, True]
+            assert (await here.talk(GET_HEALTH, is_over=True)).startswith(b"HTTP/1.1 200 ")
+        with_server(tmp_path, story)
+
+    def test_an_operation_goes_on_when_its_client_has_left(self, tmp_path):
+        async def story(here):
+            body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+                "name": "promote_model", "arguments": {"modelId": "left", "gate": "g"}}}).encode()
+            reader, writer = await here.connect()
+            writer.write(post_head(len(body)) + body)
+            await writer.drain()
+            writer.transport.abort()
+            await here.until(lambda: here.services.store.gates_of("left") == ["g"])
+        with_server(tmp_path, story)
+
+    def test_draining_finishes_what_is_under_way(self, tmp_path, monkeypatch):
+        async def slow(services, request):
+            await asyncio.sleep(0.5)
+            return lm.Response(200, [], b"done\n", "text/plain")
+        monkeypatch.setitem(lm.ROUTES, "/slow", {"GET": lm.Route("GET", "/slow", "open", 0, False, slow)})
+
+        async def whole():
+            async with serve_here(tmp_path) as here:
+                reader, writer = await here.connect()
+                idle = await here.connect()
+                writer.write(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                await here.until(lambda: any(one.is_busy for one in here.connections))
+                here.server.request_stop()
+                running = asyncio.ensure_future(here.server.run())
+                answer = await read_answer(reader)
+                assert answer.body == b"done\n" and answer.headers["connection"] == "close"
+                assert await asyncio.wait_for(idle[0].read(), 5) == b""
+                await asyncio.wait_for(running, 10)
+                writer.close()
+                idle[1].close()
+        run_async(whole(), 60)
+
+    def test_nothing_stays_behind(self, tmp_path):
+        """A thousand connections leave no object and no handle."""
+        async def story(here):
+            for _ in range(20):
+                await asyncio.gather(*(here.talk(GET_HEALTH, is_over=True) for _ in range(25)),
+                                     *(here.talk(b"GET /x", is_over=True) for _ in range(25)))
+            await here.until(lambda: not here.connections)
+            assert not here.server._wire.per_address
+            await asyncio.sleep(1.1)  # the last ones linger for a second
+            gc.collect()
+            assert sum(isinstance(one, lm.Connection) for one in gc.get_objects()) == 0
+        with_server(tmp_path, story)
+
+
+async def wait_for_connections(here, count):
+    """The server's connections, once there are that many."""
+    await here.until(lambda: len(here.connections) == count)
+    return list(here.connections)
+
+
+# ==============================================================================
+# 78. Server -- how it starts, drains, stops and survives its surroundings
+# uses: Front, Fakes, Routes, Connection
+# ==============================================================================
+
+
+def certificate_files(folder):
+    """A self-signed certificate and its key, as PEM files."""
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run([require("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+                    "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert], check=True,
+                   capture_output=True)
+    return cert, key
+
+
+def refused_start(server):
+    """The one line of a server that must not start."""
+    server.launch()
+    assert server.process.wait(20) == 2, server.stderr
+    (line,) = server.stderr.splitlines()
+    assert line.startswith("lukhas_mcp: ") and server.stdout == ""
+    return line
+
+
+class TestServer:
+    """The process."""
+
+    def test_it_drains_and_ends_well(self, make_server):
+        """Also with clients that are silent, in the middle of a request, or read nothing."""
+        server = make_server()
+        with contextlib.ExitStack() as stack:
+            idle, busy, deaf = (stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(3))
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            deaf.sendall(b"GET /cockpit.html HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500)
+            busy.sendall(b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+            stream = stack.enter_context(server.sse("jobs"))
+            stream.until_event("open")
+            started_s = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            stream.until_event("drain")
+            assert idle.recv(10) == b"" and time.monotonic() - started_s < 3
+            assert server.process.wait(10) == 0
+        assert time.monotonic() - started_s < 10 and "Traceback" not in server.stderr
+        assert not list(server.repo.glob(".mcp-state.db-*")), "the log was moved into the database"
+
+    def test_an_interrupt_is_an_end_too(self, make_server):
+        server = make_server()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 0 and "Traceback" not in server.stderr
+
+    def test_a_second_signal_ends_it_at_once(self, make_server):
+        server = make_server()
+        with socket.create_connection(("127.0.0.1", server.port)) as slow:
+            slow.sendall(b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
+            time.sleep(0.2)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            if server.is_alive:
+                server.process.send_signal(signal.SIGTERM)
+                assert server.process.wait(2) in (0, 1)
+
+    def test_a_running_eval_is_interrupted_and_told(self, make_server):
+        server = make_server(started=False)
+        (server.repo / "lukhas.toml").write_text('[tasks.long]\ncommand = ["sleep", "60"]\n')
+        server.start()
+        job_id = server.call("run_eval", taskId="long", configId="ci")["jobId"]
+        wait_until(lambda: server.call("status", jobId=job_id)["status"] == "RUNNING")
+        started_s = time.monotonic()
+        assert server.stop() == 0 and time.monotonic() - started_s < 10
+        server.start()
+        found = server.wait_for("status", jobId=job_id)
+        assert found["status"] == "FAILED" and found["reason"] == "interrupted"
+
+    def test_what_it_prints(self, make_server):
+        server = make_server()
+        lines = server.stdout.splitlines()
+        assert lines[0] == f"LUKHAS MCP {lm.__version__} serves {server.repo}"
+        assert f"{server.url}/cockpit.html" in server.stdout and f"{server.url}/mcp" in server.stdout
+        assert "this machine only" in server.stdout and "HOST=0.0.0.0" in server.stdout and str(server.db) in server.stdout
+        open_one = make_server(HOST="0.0.0.0", LUKHAS_MCP_API_KEYS="a:the-secret", LUKHAS_MCP_PUBLIC_URL="https://ops.example", port=free_port())
+        wait_until(lambda: "samples" in open_one.stdout)
+        assert "whoever can reach" in open_one.stdout and "https://ops.example/mcp" in open_one.stdout
+        assert "the-secret" not in open_one.stdout + open_one.stderr
+
+    @pytest.mark.parametrize("host", ["localhost", "127.0.0.3"])
+    def test_where_it_listens(self, make_server, host):
+        server = make_server(HOST=host, started=False)
+        server.launch()
+        found = wait_until(lambda: re.search(r"http://\S+?:(\d+)/mcp", server.stdout) or not server.is_alive)
+        server.port = int(found[1])
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"), (socket.AF_INET, "127.0.0.3")):
+            wanted = address in {"localhost": ("127.0.0.1", "::1")}.get(host, (host,))
+            with contextlib.suppress(OSError), socket.socket(family) as connection:
+                connection.settimeout(5)
+                is_there = connection.connect_ex((address, server.port)) == 0
+                assert is_there == wanted or family == socket.AF_INET6 and not is_there
+
+    @pytest.mark.parametrize(("settings", "words"), [
+        ({"HOST": "192.0.2.1"}, ("192.0.2.1",)), ({"HOST": "a..b"}, ("a..b",)),
+        ({"LUKHAS_MCP_TLS_CERT": "/nowhere", "LUKHAS_MCP_TLS_KEY": "/nowhere"}, ("LUKHAS_MCP_TLS_CERT",)),
+        ({"LUKHAS_MCP_API_KEYS": "viewer:secret-of-x"}, ("LUKHAS_MCP_API_KEYS", "entry 1"))])
+    def test_it_refuses_to_start_with_one_line(self, make_server, settings, words):
+        line = refused_start(make_server(started=False, **{"LUKHAS_MCP_API_KEYS": "k"} | settings))
+        assert all(word in line for word in words) and "secret-of-x" not in line, line
+
+    def test_tls(self, make_server, tmp_path):
+        cert, key = certificate_files(tmp_path)
+        server = make_server(started=False, LUKHAS_MCP_TLS_CERT=cert, LUKHAS_MCP_TLS_KEY=key)
+        server.launch()
+        server.port = int(wait_until(lambda: re.search(r"https://127.0.0.1:(\d+)/mcp", server.stdout))[1])
+        context = ssl.create_default_context(cafile=cert)
+
+        def ask(data):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw, context.wrap_socket(
+                    raw, server_hostname="localhost") as connection:
+                connection.sendall(data)
+                return b"".join(iter(lambda: connection.recv(65536), b""))
+        text = wait_until(lambda: ask(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"))
+        assert text.startswith(b"HTTP/1.1 200 ") and b'"https://localhost/mcp"' in text
+        job = ask(post_head(len(PING_BODY), "Connection: close") + PING_BODY)
+        assert b'"result":{}' in job
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as plain:
+            plain.sendall(GET_HEALTH)
+            with contextlib.suppress(ConnectionError):
+                assert not plain.recv(100).startswith(b"HTTP")
+        assert subprocess.run([*python_command(), str(PROGRAM), "probe", "--url", f"https://127.0.0.1:{server.port}"],
+                              env=clean_environ(), capture_output=True).returncode == 0
+        assert server.stop() == 0
+
+    def test_a_full_pipe_of_logs_holds_up_nobody(self, make_server):
+        """Whoever started it does not read its stderr."""
+        server = make_server(started=False, port=free_port())
+        environ = clean_environ(**server.settings | {"PORT": server.port})
+        server.process = subprocess.Popen([*server.command, str(PROGRAM)], cwd=server.repo, env=environ,
+                                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for name in ("stdout.log", "stderr.log"):
+            (server.folder / name).touch()
+
+        def is_up():
+            with contextlib.suppress(OSError):
+                return server.request("GET", "/healthz").status == 200
+        wait_until(is_up)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        for _ in range(1500):  # some 200 KB of lines, more than a pipe holds
+            connection.request("GET", "/healthz", headers={"User-Agent": "x" * 120})
+            assert connection.getresponse().read() == b"ok\n"
+        connection.close()
+        server.process.stderr.close()  # and now nobody is there at all
+        assert server.request("GET", "/healthz").status == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 0
+
+    def test_a_fault_in_the_sweep_does_not_end_the_deadlines(self, tmp_path, short, monkeypatch):
+        async def story(here):
+            faults = []
+
+            def fail_once():
+                faults.append(1)
+                if len(faults) < 3:
+                    raise lm.Unavailable("the database can't be read")
+            monkeypatch.setattr(here.services.broker, "catch_up", fail_once)
+            await here.until(lambda: len(faults) >= 3, "the sweep goes on")
+            assert (await here.talk(b"GET / HT")).startswith(b"HTTP/1.1 408 ")
+        with_server(tmp_path, story)
+
+    def test_its_own_files_are_out_of_reach(self, make_server):
+        server = make_server(started=False, LUKHAS_MCP_STATE_DIR="{repo}/st")
+        server.settings |= {"LUKHAS_MCP_STATE_DIR": server.repo / "st", "LUKHAS_MCP_DB": server.repo / "data" / "x.db",
+                            "LUKHAS_MCP_API_KEYS_FILE": server.repo / "keys.txt", "MCP_STATE_PATH": server.repo / "snap.json"}
+        (server.repo / "data").mkdir()
+        (server.repo / "keys.txt").write_text("ann:the-secret\n")
+        (server.repo / "lukhas.toml").write_text("")
+        server.key = "the-secret"
+        server.start()
+        job_id = server.call("run_eval", taskId="probe", configId="ci")["jobId"]
+        server.wait_for("status", jobId=job_id)
+        for path in ("data/x.db", "data/x.db-wal", "data/x.db-shm", "data/x.db.lock", "data/x.db-journal", "snap.json", "lukhas.toml",
+                     "keys.txt", "st/evil", "st/jobs/evil", ".git/config", ".github/workflows/x.yml", ".mcp.json", "LUKHAS.TOML"):
+            if path.isupper() and not (server.repo / path).exists():
+                continue  # a file system that tells the cases apart
+            assert server.call_error("write_file", path=path, contents="x", overwrite=True), path
+        assert "the-secret" not in json.dumps(server.result("fetch", {"id": "lukhas-path:a2V5cy50eHQ"}))
+
+    def test_many_threads_of_clients(self, make_server):
+        """Reads and durable writes from all sides; each acknowledged one is there."""
+        server = make_server()
+        done, errors = [], []
+
+        def work(number):
+            try:
+                for at in range(15):
+                    name = f"m-{number}-{at}"
+                    assert server.call("promote_model", modelId=name, gate="g")["changed"]
+                    done.append(name)
+                    assert server.call("list_jobs") == {"jobs": []}
+            except Exception as error:
+                errors.append(error)
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors and len(done) == 120
+        server.kill()
+        assert {row[0] for row in read_rows(server.db, "SELECT model_id FROM model_gates")} == set(done)
+        assert lm.verify_file(str(server.db)) is None
+
+    def test_it_starts_quickly_behind_a_large_past(self, make_server):
+        server = make_server()
+
+        async def fill():
+            store = lm.Store(str(server.db), lm.SystemClock())
+            store.start()
+            for begin in range(0, 4000, 500):
+                await store.write(lambda tx, begin=begin: [write_event(tx, begin + at) for at in range(500)] and None)
+            await store.stop()
+        server.stop()
+        run_async(fill(), 60)
+        started_s = time.monotonic()
+        server.start()
+        assert server.request("GET", "/readyz").status == 200 and time.monotonic() - started_s < 10
+
+
+# ==============================================================================
+# 79. Stdio -- one client by lines
+# uses: Front, Fakes
+# ==============================================================================
+
+
+class LineClient:
+    """A process that is spoken to by lines."""
+
+    def __init__(self, server: Server, *arguments: str):
+        environ = clean_environ(**server.settings)
+        self.errors = open(server.folder / "stdio.log", "ab")
+        self.process = subprocess.Popen([*python_command(), str(PROGRAM), "--stdio", *arguments], cwd=server.repo, env=environ,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, bufsize=1)
+        self.seen: list[dict[str, Any]] = []
+
+    def __enter__(self) -> LineClient:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.errors.close()
+
+    def send(self, message: Any) -> None:
+        """Write one line."""
+        self.process.stdin.write((message if isinstance(message, str) else json.dumps(message)) + "\n")
+
+    def until(self, condition: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+        """Read on to a message; every line must be one."""
+        while line := self.process.stdout.readline():
+            self.seen.append(json.loads(line))
+            if condition(self.seen[-1]):
+                return self.seen[-1]
+        raise AssertionError(f"stdout ended; so far {self.seen}")
+
+    def ask(self, method: str, request_id: Any = 1, **params: Any) -> dict[str, Any]:
+        """The answer to a request."""
+        self.send({"jsonrpc": "2.0", "id": request_id, "method": method, "params": params})
+        return self.until(lambda message: message.get("id") == request_id and "method" not in message)
+
+    def ask_modern(self, method: str, params: dict[str, Any] | None = None, request_id: Any = 1, **options: Any) -> dict[str, Any]:
+        """The answer to a request of 2026-07-28."""
+        self.send(modern_message(method, params, request_id=request_id, **options)[0])
+        return self.until(lambda message: message.get("id") == request_id and "method" not in message)
+
+    def call(self, tool: str, **arguments: Any) -> dict[str, Any]:
+        """The result of a tool."""
+        return self.ask("tools/call", "call", name=tool, arguments=arguments)["result"]
+
+    def greet(self, version: str = "2025-06-18", **capabilities: Any) -> dict[str, Any]:
+        """The handshake."""
+        found = self.ask("initialize", 0, protocolVersion=version, capabilities=capabilities, clientInfo={"name": "liner", "version": "1"})
+        self.send({"jsonrpc": "2.0", "method": "notifications/initialized"})
+        return found["result"]
+
+    def finish(self) -> int:
+        """Close stdin and wait for the end."""
+        self.process.stdin.close()
+        return self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: Any) -> Iterator[tuple[Server, LineClient]]:
+    """A process on stdio, beside no other."""
+    server = Server(tmp_path_factory.mktemp("stdio"))
+    (server.repo / "lukhas.toml").write_text(PLAN)
+    with LineClient(server) as client:
+        client.greet()
+        wait_until(lambda: not client.call("run_eval", taskId="x", configId="ci").get("isError"), what="the lease")
+        yield server, client
+
+
+class TestStdio:
+    """Nothing but messages on stdout, both eras, the end of input is the end."""
+
+    def test_the_same_tools_as_over_http(self, lines, mcp):
+        _, client = lines
+        assert client.ask("tools/list")["result"] == LegacyClient(mcp).result("tools/list")
+        assert client.ask_modern("tools/list")["result"] == modern_result(mcp, "tools/list")
+
+    def test_both_eras_need_no_headers(self, lines):
+        _, client = lines
+        assert client.ask_modern("server/discover")["result"]["supportedVersions"] == [MODERN_VERSION]
+        assert client.ask_modern("tools/call", {"name": "list_jobs"}, capabilities={})["result"]["resultType"] == "complete"
+        assert client.ask("ping")["result"] == {}
+        assert client.ask_modern("ping")["error"]["code"] == -32601
+        assert client.ask("server/discover")["error"]["code"] == -32601
+
+    def test_what_is_no_message_is_answered_and_survived(self, lines):
+        _, client = lines
+        for text, code in (("garbage", -32700), ("[]", -32600), ("5", -32600), ('{"jsonrpc":"2.0"}', -32600), ('{"id":1}', -32600)):
+            client.send(text)
+            assert client.until(lambda message: "error" in message)["error"]["code"] == code
+        client.send("")
+        client.send('{"jsonrpc":"2.0","method":"notifications/whatever"}')
+        assert client.ask("ping")["result"] == {}
+
+    def test_a_line_over_the_limit_is_refused(self, lines):
+        _, client = lines
+        client.send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "ping", "params": {"x": "y" * 5_000_000}}))
+        assert client.until(lambda message: "error" in message)["error"]["code"] == -32700
+        assert client.ask("ping")["result"] == {}
+
+    def test_progress_and_cancelling(self, lines):
+        _, client = lines
+        client.send(call_message("run_eval", {"taskId": "steps", "configId": "ci"}, "t", "eval"))
+        document = client.until(lambda message: message.get("id") == "eval")["result"]["structuredContent"]
+        told = [one["params"]["progress"] for one in client.seen if one.get("method") == "notifications/progress"]
+        assert document["status"] == "COMPLETED" and told[-1] == 3
+        client.send(call_message("run_eval", {"taskId": "long", "configId": "ci"}, "u", "long"))
+        params = client.until(lambda message: message.get("method") == "notifications/progress" and message["params"]["progressToken"] == "u")["params"]
+        job_id = re.search(r"job_\w{8}", params["message"])[0]
+        client.send({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "long"}})
+        wait_until(lambda: json.loads(client.call("status", jobId=job_id)["content"][0]["text"])["status"] == "CANCELLED")
+        assert not any(one.get("id") == "long" for one in client.seen)
+
+    def test_subscriptions_in_both_eras(self, lines):
+        _, client = lines
+        assert client.ask("resources/subscribe", uri="lukhas://model/by-line")["result"] == {}
+        client.send(modern_message("subscriptions/listen", {"notifications": {"resourceSubscriptions": ["lukhas://gate/stage"]}}, request_id="sub")[0])
+        client.until(lambda message: message.get("method") == "notifications/subscriptions/acknowledged")
+        client.call("promote_model", modelId="by-line", gate="stage")
+        def heard(uri: str) -> bool:
+            return any(one.get("method") == "notifications/resources/updated" and one["params"]["uri"] == uri for one in client.seen)
+        while not (heard("lukhas://model/by-line") and heard("lukhas://gate/stage")):
+            client.until(lambda message: message.get("method") == "notifications/resources/updated")
+        client.send({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "sub"}})
+        client.ask("ping")
+        before = len(client.seen)
+        client.call("promote_model", modelId="by-line-2", gate="stage")
+        client.ask("ping")
+        assert not any("subscriptionId" in json.dumps(one) for one in client.seen[before:])
+
+    def test_the_end_of_input_is_the_end(self, tmp_path):
+        server = Server(tmp_path)
+        with LineClient(server) as client:
+            client.greet()
+            client.send(call_message("write_file", {"path": "a.txt", "contents": "whole"}, None, "w"))
+            assert client.finish() == 0
+            assert [json.loads(line)["id"] for line in client.process.stdout.read().splitlines()] == ["w"]
+        assert (server.repo / "a.txt").read_text() == "whole"
+        assert "Traceback" not in (server.folder / "stdio.log").read_text()
+
+    def test_a_signal_ends_it_too(self, tmp_path):
+        with LineClient(Server(tmp_path)) as client:
+            client.greet()
+            client.process.terminate()
+            assert client.process.wait(20) == 0
+
+    def test_beside_a_server_it_waits_for_the_lease_and_takes_over(self, make_server):
+        server = make_server()
+        with LineClient(server) as client:
+            client.greet()
+            text = client.call("list_jobs")["content"][0]["text"]
+            assert json.loads(text) == {"jobs": []}, "reads work at once"
+            refused = client.call("run_eval", taskId="probe", configId="ci")
+            assert refused["isError"] and f"pid {server.process.pid}" in refused["content"][0]["text"]
+            job_id = server.call("run_eval", taskId="probe", configId="ci")["jobId"]
+            server.wait_for("status", jobId=job_id)
+            assert json.loads(client.call("status", jobId=job_id)["content"][0]["text"])["status"] == "COMPLETED"
+            assert client.ask("resources/subscribe", uri="lukhas://model/over-there")["result"] == {}
+            server.call("promote_model", modelId="over-there", gate="stage")
+            assert client.until(lambda message: message.get("method") == "notifications/resources/updated")["params"]["uri"] == "lukhas://model/over-there"
+            assert server.stop() == 0
+            wait_until(lambda: not client.call("run_eval", taskId="probe", configId="ci").get("isError"), 20, "the lease taken over")
+
+
+# ==============================================================================
+# 80. Console -- status --wait, replay and backtest from the command line
+# uses: Front, Fakes, RehearsalTools
+# ==============================================================================
+
+
+def run_command(server, *words, **settings):
+    """(exit code, what was printed on both streams) of one command in the server's repository."""
+    environ = clean_environ(**{**server.settings, "PORT": server.port, **settings})
+    done = subprocess.run([*server.command, str(server.program), *map(str, words)], cwd=server.repo, env=environ,
+                          capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout + done.stderr
+
+
+SLOW_TASK = """
+[tasks.slow]
+command = ["sleep", "60"]
+[tasks.quick]
+command = ["sleep", "0.5"]
+"""
+
+
+class TestConsole:
+    """Exit codes that a pipeline can rely on."""
+
+    def test_an_end_is_an_exit_code(self, rehearsed):
+        server, (good, bad, _) = rehearsed
+        code, text = run_command(server, "status", good)
+        assert (code, text.startswith(f"{good} is PROMOTED (window_end_good): ")) == (0, True)
+        code, text = run_command(server, "status", bad, "--wait", "--timeout", "10m")
+        assert (code, text.startswith(f"{bad} is ROLLED_BACK (breach_streak): ")) == (1, True)
+
+    @pytest.mark.parametrize("words, message", [
+        (["canary_none"], "Unknown id: canary_none; status takes a canaryId or a jobId"),
+        (["x", "--wait", "--timeout", "soon"], "--timeout is 'soon'; allowed: seconds, or 30s, 10m, 2h"),
+        (["x", "--url", "127.0.0.1"], "--url is '127.0.0.1'; allowed: http://host:port"),
+        (["x", "--url", "http://[::1"], "allowed: http://host:port"), ([], "required: id")])
+    def test_wrong_usage_is_2(self, rehearsed, words, message):
+        code, text = run_command(rehearsed[0], "status", *words)
+        assert code == 2 and message in text and "Traceback" not in text
+
+    def test_a_server_that_is_away_is_waited_for_and_then_3(self, rehearsed):
+        url = f"http://127.0.0.1:{free_port()}"
+        code, text = run_command(rehearsed[0], "status", "canary_1", "--url", url, "--wait", "--timeout", "1")
+        assert code == 3 and "no answer" in text and "canary_1 has not ended within 1 s" in text
+        code, text = run_command(rehearsed[0], "status", "canary_1", "--url", url)
+        assert code == 3 and len(text.splitlines()) == 1
+
+    def test_a_key_is_taken_from_the_environment_or_a_file(self, make_server, tmp_path):
+        server = make_server(LUKHAS_MCP_API_KEYS="ci:operator:s3cret", key="s3cret")
+        (tmp_path / "key").write_text("s3cret\n")
+        job_id = server.call("run_eval", taskId="probe", configId="ci", dryRun=True)["jobId"]
+        code, text = run_command(server, "status", job_id, LUKHAS_MCP_CLIENT_KEY="wrong")
+        assert code == 2 and "the server refuses (401)" in text and "wrong" not in text
+        assert run_command(server, "status", job_id, LUKHAS_MCP_CLIENT_KEY="s3cret") == (1, f"{job_id} is DRY_RUN\n")
+        assert run_command(server, "status", job_id, "--client-key-file", tmp_path / "key")[0] == 1
+
+    def test_each_step_is_a_line_and_a_restart_is_outlived(self, make_server):
+        server = make_server(started=False)
+        (server.repo / "lukhas.toml").write_text(SLOW_TASK)
+        server.start()
+        quick = server.call("run_eval", taskId="quick", configId="ci")["jobId"]
+        code, text = run_command(server, "status", quick, "--wait", "--timeout", "30s")
+        assert code == 0 and f"{quick} is COMPLETED" in text.splitlines()[-1]
+        assert [line.split()[1] for line in text.splitlines()[:-1]][-2:] in (["running:", "completed:"], ["progress:", "completed:"])
+        slow, found = server.call("run_eval", taskId="slow", configId="ci")["jobId"], []
+        assert run_command(server, "status", slow, "--wait", "--timeout", "1")[0] == 3
+        assert run_command(server, "status", slow)[0] == 3
+        waiting = threading.Thread(target=lambda: found.append(run_command(server, "status", slow, "--wait", "--timeout", "40s")))
+        waiting.start()
+        wait_until(lambda: "lukhas_sse_clients 1" in server.request("GET", "/metrics").text, 15)
+        server.restart()
+        waiting.join(45)
+        code, text = found[0]
+        assert code == 1 and "FAILED (interrupted)" in text.splitlines()[-1]
+
+    def test_a_replay_needs_no_server(self, rehearsed):
+        server, (_, bad, _) = rehearsed
+        code, text = run_command(server, "replay", bad, "--policy", '{"breachTicks": 2}')
+        assert code == 0 and text.splitlines()[0] == "breachTicks: 5 -> 2"
+        assert text.splitlines()[1].startswith("ROLLED_BACK at tick 5 of 10 (breach_streak) by rule bake/1: ")
+        code, text = run_command(server, "replay", bad, "--json")
+        assert code == 0 and lm.parse_json(text.encode())["changed"] == {}
+        for words, message in ((["canary_none"], "Unknown canaryId: canary_none"), ([bad, "--policy", "{"], "--policy is no JSON"),
+                               ([bad, "--policy", "[]"], "--policy must be an object"),
+                               ([bad, "--policy", '{"mode": "x"}'], "policy.mode is 'x'"),
+                               ([bad, "--db", "/nowhere/x.db"], "'/nowhere/x.db' is no file")):
+            code, text = run_command(server, "replay", *words)
+            assert code == 2 and message in text and "Traceback" not in text
+
+    def test_a_backtest_asks_prometheus_itself(self, rehearsed):
+        server, _ = rehearsed
+        code, text = run_command(server, "backtest", "--gate", "prod", "--days", "0.5", "--policy", '{"windowSeconds": 300}')
+        assert code == 0 and "of 144 windows of prod (breach_streak" in text and "p95 <= 330 ms makes it 0" in text
+        targets = '{"targets": {"latency_p95_ms": 250, "max_error_rate": 0.01}}'
+        code, text = run_command(server, "backtest", "--gate", "other", "--days", "0.1", "--policy", targets, "--json",
+                                 "--db", "/nowhere/x.db")
+        assert code == 0 and lm.parse_json(text.encode())["windows"] == 28
+        for words, wanted in ((["--gate", "prod", "--days", "99"], 2), (["--gate", "other"], 2),
+                              (["--gate", "prod", "--prom-url", f"http://127.0.0.1:{free_port()}"], 1)):
+            code, text = run_command(server, "backtest", *words)
+            assert code == wanted and len(text.splitlines()) == 1, text
+
+
+# ==============================================================================
+# 81. Upkeep -- the commands for a database, by their exit codes and lines
+# uses: Front, Fakes, Tables, Store, Checkpoints, Evidence, Cli
+# ==============================================================================
+
+
+@pytest.fixture
+def run_here(capsys, monkeypatch):
+    """As `run_main`, within this process: a new one takes its second to read the program."""
+    def run(*arguments, **environ):
+        with monkeypatch.context() as patch:
+            for name in [one for one in os.environ if OWN_VARIABLES.match(one)]:
+                patch.delenv(name)
+            for name, value in environ.items():
+                patch.setenv(name, str(value))
+            try:
+                code = lm.main([str(one) for one in arguments])
+            except SystemExit as error:
+                code = error.code
+        return code, *capsys.readouterr()
+    return run
+
+
+class TestUpkeep:
+    """verify, audit, backup and doctor as an operator meets them."""
+
+    def test_verify(self, run_here, tmp_path):
+        path = fill_log(tmp_path, 300)
+        marks = f"{path}.checkpoints"
+        code, out, _ = run_here("verify", path)
+        assert code == 3 and "truncation not excluded" in out and "300 rows" in out
+        code, out, _ = run_here("verify", path, "--checkpoint", marks)
+        assert code == 0 and "truncation" not in out and "row 300" in out
+        zip_path, _ = make_zip(path, tmp_path)
+        assert run_here("verify", path, "--evidence", zip_path)[0] == 0
+        (tmp_path / "empty").write_text("nothing\n")
+        for words in (("--checkpoint", tmp_path / "empty"), ("--checkpoint", tmp_path / "nope"), ("--evidence", tmp_path / "empty"),
+                      ("--evidence", zip_path, "--checkpoint", marks)):
+            code, out, err = run_here("verify", path, *words)
+            assert code == 2 and out == "" and len(err.splitlines()) == 1
+        copy = copy_log(path, tmp_path, "copy.db")
+        change_rows(copy, "DELETE FROM audits WHERE id>290")
+        assert run_here("verify", copy)[0] == 3
+        for words in (("--checkpoint", marks), ("--evidence", zip_path)):
+            code, out, _ = run_here("verify", copy, *words)
+            assert code == 1 and "row 291 is missing, and all after it" in out
+        zip_path.write_bytes(zip_path.read_bytes()[:-1])
+        assert run_here("verify", path, "--evidence", zip_path)[0] in (1, 2)
+
+    def test_audit(self, run_here, make_server):
+        server = make_server()
+        for at in range(3):
+            server.call("promote_model", modelId=f"m{at}", gate="g", reason="hunter2" if at == 1 else "")
+        environ = {"LUKHAS_REPO_ROOT": server.repo}
+        code, out, _ = run_here("audit", "redact", "2", "--reason", "a password", **environ)
+        assert code == 0 and "row 4" in out
+        assert "hunter2" not in server.call("why", id="m1") and "audit_redact" in server.call("why", id="m1")
+        server.call("promote_model", modelId="later", gate="g")
+        code, out, _ = run_here("audit", "seal", "--before", "90d", **environ)
+        assert code == 0 and "nothing was sealed" in out
+        code, out, _ = run_here("audit", "seal", "--before", "now", **environ)
+        zip_path = re.search(r"\S+\.zip", out)[0]
+        assert code == 0 and zip_path.startswith(str(server.db) + ".sealed-") and "to row 5" in out
+        server.call("promote_model", modelId="last", gate="g")
+        code, out, _ = run_here("verify", server.db, "--evidence", zip_path)
+        assert code == 0 and "were sealed by row 6 (cli)" in out
+        assert server.stop() == 0 and run_here("verify", server.db)[0] == 3
+        for words in (("redact",), ("redact", "x", "--reason", "y"), ("redact", "6"), ("redact", "99", "--reason", "y"),
+                      ("redact", "6", "--reason", "y"), ("seal",), ("seal", "--before", "soon"), ("drop",)):
+            assert run_here("audit", *words, **environ)[0] == 2, words
+
+    def test_doctor(self, run_here, make_server, tmp_path):
+        server = make_server()
+        server.call("promote_model", modelId="m", gate="g")
+        code, out, _ = run_here("doctor", LUKHAS_REPO_ROOT=server.repo, XDG_STATE_HOME=tmp_path)
+        assert code == 0 and not [line for line in out.splitlines() if line.split()[0] not in ("ok", "warn")], out
+        assert "schema 2, 1 audit rows, quick_check ok" in out and "git version" in out and sqlite3.sqlite_version in out
+        server.stop()
+        assert run_here("doctor", LUKHAS_REPO_ROOT=server.repo, PORT="x")[0] == 1
+
+    @pytest.mark.parametrize(("settings", "level", "words"), [
+        ({"LUKHAS_MCP_PROT": "1"}, "warn", "nearest known"), ({"LUKHAS_MCP_API_KEYS": "a:x,a:y"}, "fault", "repeats"),
+        ({"PROM_URL": "http://127.0.0.1:9"}, "fault", "no answer to a query"), ({"PATH": "/nowhere"}, "warn", "git can't be run"),
+        ({"HOST": "0.0.0.0", "LUKHAS_MCP_ALLOW_ANONYMOUS": "1"}, "warn", "anybody is admin"),
+        ({"LUKHAS_MCP_DB": "README.md"}, "fault", "file is not a database"), ({"LUKHAS_MCP_DB": "/proc/nowhere/x.db"}, "fault", "can't be written")])
+    def test_doctor_names_what_is_wrong(self, run_here, tmp_path, settings, level, words):
+        repo = make_repository(tmp_path)
+        if settings.get("LUKHAS_MCP_DB") == "README.md":
+            settings = {"LUKHAS_MCP_DB": repo / "README.md"}
+        code, out, err = run_here("doctor", LUKHAS_REPO_ROOT=repo, XDG_STATE_HOME=tmp_path, **settings)
+        assert [line for line in out.splitlines() if line.startswith(level) and words in line], out + err
+        assert code == (level == "fault")
+
+    def test_doctor_of_an_originals_database(self, run_here, tmp_path):
+        repo = make_repository(tmp_path)
+        make_original(repo, ".mcp-state.db")
+        before = (repo / ".mcp-state.db").read_bytes()
+        code, out, _ = run_here("doctor", LUKHAS_REPO_ROOT=repo, XDG_STATE_HOME=tmp_path)
+        assert code == 0 and "of the original server" in out and (repo / ".mcp-state.db").read_bytes() == before
+
+
+# ==============================================================================
+# 82. Cli -- the command line
+# uses: Front, Fakes, Tables, Store
+# ==============================================================================
+
+
+def run_main(*arguments, **environ):
+    """Exit code, stdout and stderr of the program."""
+    done = subprocess.run([*python_command(), str(PROGRAM), *map(str, arguments)], env=clean_environ(**environ), capture_output=True,
+                          text=True, timeout=30, stdin=subprocess.DEVNULL)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+class TestCli:
+    """What an operator types."""
+
+    def test_help_lists_every_setting_and_command(self):
+        code, out, _ = run_main("--help")
+        assert code == 0
+        for one in lm.SETTINGS:
+            assert one.flag is None or f"{one.flag} " in out and f"[{one.variable}]" in " ".join(out.split()), one.variable
+        assert not any(one.flag is None and f"[{one.variable}]" in out for one in lm.SETTINGS), "a secret has no flag"
+        for command in ("serve", "config", "probe", "verify"):
+            assert re.search(rf"^ +{command} ", out, re.M)
+        assert run_main("verify", "--help")[0] == run_main("probe", "--help")[0] == 0
+
+    def test_version(self):
+        assert run_main("--version") == (0, f"lukhas_mcp {lm.__version__}\n", "")
+
+    @pytest.mark.parametrize("arguments", [["--nope"], ["nope"], ["--port"], ["verify", "a", "b"], ["--api-keys", "x"], ["--prom-bearer", "x"]])
+    def test_wrong_usage(self, capsys, arguments):
+        with pytest.raises(SystemExit) as caught:
+            lm.main(arguments)
+        out, err = capsys.readouterr()
+        assert caught.value.code == 2 and out == "" and "usage" in err
+
+    def test_config(self, tmp_path):
+        (tmp_path / "lukhas.toml").write_text("[settings]\nname = 'here'\n")
+        code, out, err = run_main("config", "--repo-root", tmp_path, "--max-jobs", "3", "--read-only", PORT=9000, HOME="/root",
+                                  LUKHAS_MCP_API_KEYS="ann:s3cret-of-ann", PROM_BEARER="s3cret-too", LUKHAS_MCP_API_KEY="s3cret-typo")
+        assert code == 0 and "s3cret" not in out + err
+        rows = dict(line.split("=", 1) for line in out.splitlines())
+        assert len(rows) == len(lm.SETTINGS)
+        assert rows["PORT"] == "9000  # environment" and rows["LUKHAS_MCP_MAX_JOBS"] == "3  # flag"
+        assert rows["LUKHAS_MCP_NAME"] == "here  # file" and rows["HOST"] == "127.0.0.1  # default"
+        assert rows["LUKHAS_MCP_API_KEYS"] == "***  # environment" and rows["LUKHAS_MCP_READ_ONLY"] == "1  # flag"
+        assert "LUKHAS_MCP_API_KEY;" in err and "LUKHAS_MCP_API_KEYS" in err
+        assert [one.name for one in tmp_path.iterdir()] == ["lukhas.toml"], "looking changes nothing"
+
+    def test_flags_stand_before_and_behind_the_command(self, tmp_path):
+        for arguments in (["--port", "9001", "config"], ["config", "--port", "9001"]):
+            out = run_main(*arguments, "--repo-root", tmp_path, HOME="/root")[1] if arguments[0] == "config" else run_main(
+                "--repo-root", tmp_path, *arguments, HOME="/root")[1]
+            assert "PORT=9001  # flag" in out and f"LUKHAS_REPO_ROOT={tmp_path}  # flag" in out
+
+    @pytest.mark.parametrize("one", [one for one in lm.SETTINGS if one.kind in ("int", "float", "bool") or one.choices],
+                             ids=lambda one: one.variable)
+    def test_a_malformed_value_is_one_line(self, capsys, tmp_path, one):
+        for arguments in (["config", one.flag, "malformed"], [one.flag, "malformed"]):
+            assert lm.main([*arguments, "--repo-root", str(tmp_path)]) == 2
+            out, err = capsys.readouterr()
+            assert out == "" and err == f"lukhas_mcp: {one.variable} is 'malformed'; allowed: {one.allowed()}\n"
+        assert not list(tmp_path.iterdir())
+
+    def test_probe(self, server, capsys):
+        root = ["--repo-root", str(server.repo)]
+        for arguments in (["--url", server.url], ["--port", str(server.port), *root], ["--url", server.url + "/", "--timeout", "3"]):
+            assert lm.main(["probe", *arguments]) == 0
+            assert re.findall(r"^(/\w+) 200", capsys.readouterr().out, re.M) == ["/healthz", "/readyz"]
+        assert run_main("probe", LUKHAS_REPO_ROOT=server.repo, PORT=server.port)[0] == 0
+        assert lm.main(["probe", "--url", f"http://127.0.0.1:{free_port()}"]) == 1
+        assert capsys.readouterr().out.count("no answer") == 2
+
+    def test_probe_asks_where_the_server_listens(self, make_server, capsys):
+        server = make_server(HOST="127.0.0.3", started=False)
+        server.launch()
+        server.port = int(wait_until(lambda: re.search(r"http://\S+?:(\d+)/mcp", server.stdout))[1])
+        arguments = ["--repo-root", server.repo, "--host", "127.0.0.3", "--port", server.port]
+        assert lm.main(["probe", *map(str, arguments)]) == 0, capsys.readouterr()
+
+    def test_probe_of_a_sick_server(self, capsys):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            assert lm.main(["probe", "--url", f"http://127.0.0.1:{port}", "--timeout", "0.2"]) == 1
+            assert capsys.readouterr().out.count("no answer") == 2, "one that takes and never answers"
+
+    @pytest.mark.parametrize("url", ["nonsense", "ftp://x", "http://", "http://x:99999", "http://[::1", "http://x:port", ""])
+    def test_probe_of_no_address(self, capsys, url):
+        assert lm.main(["probe", "--url", url]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and "--url" in err and len(err.splitlines()) == 1
+
+    @pytest.mark.parametrize("timeout", ["-1", "nan", "0", "x", "inf"])
+    def test_probe_with_a_senseless_timeout(self, capsys, timeout):
+        with pytest.raises(SystemExit):
+            lm.main(["probe", "--url", "http://127.0.0.1:1", "--timeout", timeout])
+        assert "--timeout" in capsys.readouterr().err
+
+    def test_verify(self, make_server, capsys):
+        server = make_server()
+        for at in range(3):
+            server.call("promote_model", modelId=f"m{at}", gate="g")
+        code, out, _ = run_main("verify", server.db)
+        assert code == 3 and "whole" in out and "truncation not excluded" in out and str(server.db) in out, "also while it runs"
+        server.stop()
+        assert lm.main(["verify", "--repo-root", str(server.repo)]) == 3
+        change_rows(server.db, "UPDATE audits SET payload_json='{}' WHERE id=2")
+        capsys.readouterr()
+        assert lm.main(["verify", str(server.db)]) == 1 and "row 2 was changed" in capsys.readouterr().out
+        for path, words in ((server.repo / "nope.db", "no file"), (server.repo / "README.md", "can't be read"), (server.repo, "no file"),
+                            (make_original(server.folder), "the original server")):
+            assert lm.main(["verify", str(path)]) == 2
+            out, err = capsys.readouterr()
+            assert words in err and out == ""
+
+    def test_serve_is_a_command_too(self, make_server):
+        assert make_server(arguments=("serve", "--name", "x")).request("GET", "/").json["environment"] == "x"
+
+
+# ==============================================================================
+# 83. Cockpit -- the page in a real browser against a real server
 # uses: Front, Fakes
 # ==============================================================================
 # Every test ends with a look at what the browser complained of: an error, a refused resource or a
@@ -8599,7 +16988,7 @@ class TestCockpit:
 
 
 # ==============================================================================
-# 34. Golden -- every recorded answer of the original server, as a row: what ours says to the same
+# 84. Golden -- every recorded answer of the original server, as a row: what ours says to the same
 # uses: Front, Fakes
 # ==============================================================================
 # A row is (case number, its name, request, what holds of the answer, why it may differ). The
@@ -8618,10 +17007,6 @@ REPOSITORY = "the repository that search, fetch and the file tools work on"
 METHOD = "a known path with the wrong method: 405 with `Allow`"
 GRAMMAR = "`why` answers one line per event, oldest first, times in UTC, in exactly this grammar"
 PREFERRED_FAILURE = "on failure that document with success:false, error **and** isError"
-
-#: Tools and routes that are not served yet; a row of theirs must be answered as unknown.
-LATER = {"search", "apply_patch", "git_commit", "get_infrastructure_status", "get_code_analysis",
-         "get_development_utilities", "get_module_structure", "/evidence/export"}
 
 JSON_TYPE = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
 GUIDE_SHA = "f3c1a9611343388789f65e2fd288066e9c53ef62e9d16cbd09cd47bdcebf0450"
@@ -8643,16 +17028,12 @@ class Ask:
     tool: str = ""
     until: str = "open"  # where it is a stream: the event to read up to
 
-    @property
-    def subject(self) -> str:
-        """The tool, or the path without its query: what LATER may name."""
-        return self.tool or self.path.partition("?")[0]
-
 
 def post_mcp(body: Any, path: str = "/mcp", tool: str = "", **headers: str) -> Ask:
     """A POST of a text, of bytes or of a JSON value."""
     raw = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
-    return Ask("POST", path, JSON_TYPE | {name.replace("_", "-"): value for name, value in headers.items()}, raw, tool)
+    return Ask("POST", path, JSON_TYPE | {name.replace("_", "-"): value for name, value in headers.items()},
+               raw, tool)
 
 
 def rpc_ask(method: str, request_id: Any = 1, **rest: Any) -> Ask:
@@ -8660,7 +17041,8 @@ def rpc_ask(method: str, request_id: Any = 1, **rest: Any) -> Ask:
     return post_mcp({"jsonrpc": "2.0", "id": request_id, "method": method} | rest)
 
 
-def tool_call(tool: str, request_id: Any = 1, /, _path: str = "/mcp", _headers: Mapping[str, str] | None = None,
+def tool_call(tool: str, request_id: Any = 1, /, _path: str = "/mcp",
+              _headers: Mapping[str, str] | None = None,
               **arguments: Any) -> Ask:
     """A tools/call with these arguments."""
     message = {"jsonrpc": "2.0", "id": request_id, "method": "tools/call",
@@ -8707,15 +17089,17 @@ def mismatch(actual: Any, expected: Any, where: str = "") -> str:
     """What does not fit, or nothing. A table must hold these keys, a function must agree, else equal."""
     if callable(expected):
         return "" if expected(actual) else f"{where} is {actual!r}"
+    pairs: Any = ()
     if isinstance(expected, dict) and isinstance(actual, dict):
         missing = [key for key in expected if key not in actual]
         if missing:
             return f"{where} lacks {missing}: {actual}"
-        return next(filter(None, (mismatch(actual[key], value, f"{where}.{key}") for key, value in expected.items())), "")
-    if isinstance(expected, list) and isinstance(actual, list) and len(actual) == len(expected):
-        return next(filter(None, (mismatch(*pair, f"{where}[{at}]") for at, pair in enumerate(zip(actual, expected)))), "")
-    return "" if actual == expected and type(actual) is type(expected) or actual == expected and not isinstance(
-        actual, bool) else f"{where} is {actual!r}, not {expected!r}"
+        pairs = ((actual[key], value, f"{where}.{key}") for key, value in expected.items())
+    elif isinstance(expected, list) and isinstance(actual, list) and len(actual) == len(expected):
+        pairs = ((*pair, f"{where}[{at}]") for at, pair in enumerate(zip(actual, expected)))
+    elif actual != expected or isinstance(actual, bool) != isinstance(expected, bool):
+        return f"{where} is {actual!r}, not {expected!r}"
+    return next(filter(None, (mismatch(*pair) for pair in pairs)), "")
 
 
 def assert_fits(actual: Any, expected: Any) -> None:
@@ -8791,14 +17175,16 @@ def failed_document(operation: str, *words: str) -> Check:
 
 
 def narrates(*actions: str) -> Check:
-    """why: exactly these actions, a line each, in the grammar."""
+    """why: exactly these actions, a line each, in the grammar; what was refused may stand among them."""
     def holds(seen: Seen) -> None:
         lines = seen.tool_text.split("\n")
-        found = [re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d\] actor=(\S+) action=(\S+) details=(\{.*\})", line)
+        found = [re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d\] actor=(\S+) action=(\S+) details=(\{.*\})",
+                              line)
                  for line in lines]
         assert all(found), lines
-        assert [one[2] for one in found] == list(actions), lines
-        assert all(is_text(json.loads(one[3])["message"]) for one in found), lines
+        details = [json.loads(one[3]) for one in found]
+        done = [one[2] for one, said in zip(found, details) if said.get("outcome") != "refused"]
+        assert done == list(actions) and all(is_text(said["message"]) for said in details), lines
     return Check(holds, GRAMMAR)
 
 
@@ -8821,14 +17207,16 @@ def rpc_error(*codes: int, request_id: Any = 1, status: int = 200) -> Check:
     """A JSON-RPC error with one of these codes, under this id."""
     def holds(seen: Seen) -> None:
         assert seen.status == status, (seen.status, seen.text[:500])
-        assert_fits(seen.json, {"jsonrpc": "2.0", "id": request_id, "error": {"code": one_of(*codes), "message": is_text}})
+        assert_fits(seen.json, {"jsonrpc": "2.0", "id": request_id,
+                                "error": {"code": one_of(*codes), "message": is_text}})
     return Check(holds, OWN_CODES)
 
 
 def batch_of(size: int) -> Check:
     """A JSON array of this many results."""
     def holds(seen: Seen) -> None:
-        assert seen.status == 200 and [sorted(one) for one in seen.json] == [["id", "jsonrpc", "result"]] * size, seen.text[:300]
+        keys = [sorted(one) for one in seen.json]
+        assert seen.status == 200 and keys == [["id", "jsonrpc", "result"]] * size, seen.text[:300]
     return Check(holds)
 
 
@@ -8836,7 +17224,8 @@ def http_is(status: int | tuple[int, ...], text: str | None = None, body: dict[s
          **headers: str) -> Check:
     """An HTTP answer: its status, a text within it, keys of its JSON, beginnings of its headers."""
     def holds(seen: Seen) -> None:
-        assert seen.status in (status if isinstance(status, tuple) else (status,)), (seen.status, seen.text[:300])
+        assert seen.status in (status if isinstance(status, tuple) else (status,)), (seen.status,
+            seen.text[:300])
         assert text is None or text in seen.text, seen.text[:500]
         if body is not None:
             assert_fits(seen.json, body)
@@ -8858,13 +17247,6 @@ def frames_are(*expected: tuple[str, dict[str, Any]]) -> Check:
     return Check(holds)
 
 
-def not_yet(ask: Ask) -> Check:
-    """How a tool or route of LATER is answered."""
-    if not ask.tool:
-        return http_is((401, 404))
-    return rpc_error(-32602, request_id=json.loads(ask.body)["id"])
-
-
 @dataclass(frozen=True)
 class Row:
     """One recorded case."""
@@ -8875,26 +17257,23 @@ class Row:
     check: Check
     why: str = ""
 
-    @property
-    def effective(self) -> Check:
-        """What holds today: of what comes later, that it is not there."""
-        is_at_door = self.ask.tool and self.check.holds.__qualname__.startswith(("http_is", "rpc_error"))
-        return not_yet(self.ask) if self.ask.subject in LATER and not is_at_door else self.check
-
 
 INFORMATION = {"name": is_text, "version": is_text, "mcp_endpoint": "http://$HOST/mcp", "tools": is_count}
 HEALTH = {"status": "healthy", "timestamp": "$TS", "server": "lukhas-mcp-server", "version": is_text,
           "transport": is_text, "mcp_version": is_text}
 NOT_FOUND = http_is(404, body={"error": "Not Found", "message": is_text, "mcp_endpoint": "/mcp"})
 OPEN_STREAM = http_is(200, content_type="text/event-stream")
-UNAUTHORIZED = http_is(401, body={"jsonrpc": "2.0", "id": None, "error": {"code": -32000, "message": "Unauthorized"}})
-LIMITED = http_is(429, body={"jsonrpc": "2.0", "id": None, "error": {"code": -32001, "message": "Rate limit"}})
+UNAUTHORIZED = http_is(401, body={"jsonrpc": "2.0", "id": None,
+                                  "error": {"code": -32000, "message": "Unauthorized"}})
+RATE_LIMITED = http_is(429, body={"jsonrpc": "2.0", "id": None,
+                             "error": {"code": -32001, "message": "Rate limit"}})
 MODULES = answers(total_modules=anything, consciousness_modules=anything, production_modules=anything,
                    framework=anything, timestamp="$TS", quality_standard=anything)
 ABSTRACTS = {"get_infrastructure_status": ("status", "total_tests", "infrastructure"),
              "get_code_analysis": ("health_score", "code_quality", "total_files"),
              "get_development_utilities": ("utilities", "tools"),
-             "get_module_structure": ("total_modules", "consciousness_modules", "production_modules", "framework")}
+             "get_module_structure": ("total_modules", "consciousness_modules", "production_modules",
+                                      "framework")}
 HITS = {"ids": is_list, "hits": is_list}
 
 
@@ -8910,7 +17289,7 @@ def is_greeted(version: Any) -> Check:
                   serverInfo={"name": is_text, "version": is_text})
 
 
-def path_id(path: str) -> str:
+def id_of_path(path: str) -> str:
     """The id that search gives a file."""
     return "lukhas-path:" + base64.urlsafe_b64encode(path.encode()).decode().rstrip("=")
 
@@ -8918,14 +17297,16 @@ def path_id(path: str) -> str:
 def fetches(path: str, mime_type: str) -> Check:
     """The document of a file of the repository."""
     text = FILES[path]
-    return answers(id=path_id(path), title=path.rpartition("/")[2], url=is_text, mimeType=mime_type, text=text,
+    return answers(id=id_of_path(path), title=path.rpartition("/")[2], url=is_text, mimeType=mime_type,
+                   text=text,
                     metadata={"sha256": hashlib.sha256(text.encode()).hexdigest(), "size": len(text),
                               "modified": "$TS", "path": path})
 
 
 def file_is(path: str, size: Any, **rest: Any) -> Check:
     """The document of write_file or create_file."""
-    return answers(path=f"$REPO/{path}", relativePath=lambda value: value.endswith(path), size=size, created="$TS",
+    return answers(path=f"$REPO/{path}", relativePath=lambda value: value.endswith(path), size=size,
+                   created="$TS",
                     encoding="utf8", **rest)
 
 
@@ -8938,11 +17319,13 @@ def lists(*paths: str, truncated: bool = False) -> Check:
     """A listing of exactly these files, but for what apply_patch makes later."""
     def fits(items: Any) -> bool:
         listed = [item for item in items if item["path"] != "docs/created.md"]
-        return [item["path"] for item in listed] == list(paths) and all(item.get("type", "file") == "file" for item in listed)
+        return [item["path"] for item in listed] == list(paths) and all(item.get("type", "file") == "file"
+            for item in listed)
     return answers(items=fits, truncated=truncated)
 
 
-def canary_started(canary: str, status: str, window_s: int, targets: dict[str, Any], gates: str = "model-a stage prod") -> Check:
+def canary_started(canary: str, status: str, window_s: int, targets: dict[str, Any],
+                   gates: str = "model-a stage prod") -> Check:
     """The document of start_canary."""
     model, source, target = gates.split()
     return answers(canaryId=canary, modelId=model, fromGate=source, toGate=target, status=status,
@@ -8957,10 +17340,12 @@ def canary_is(canary_id: str, status: Any, window_s: int) -> Check:
 
 def job_is(job_id: str, status: Any, task: str = "task-1", config: str = "cfg-1", **rest: Any) -> Check:
     """The document of run_eval or status."""
-    return answers(jobId=job_id, taskId=task, configId=config, status=status, startedAt="$TS", updatedAt="$TS", **rest)
+    return answers(jobId=job_id, taskId=task, configId=config, status=status, startedAt="$TS",
+                   updatedAt="$TS", **rest)
 
 
-def gate_is(gate: str, *, changed: bool, gates: list[str], model: str = "model-a", dry_run: bool = False) -> Check:
+def gate_is(gate: str, *, changed: bool, gates: list[str], model: str = "model-a",
+            dry_run: bool = False) -> Check:
     """The document of promote_model."""
     return answers(modelId=model, gate=gate, dryRun=dry_run, changed=changed, currentGates=gates,
                     promoted=bool(gates), promotedAt="$TS" if gates else None)
@@ -8974,13 +17359,18 @@ def math_is(entity: str, decision: Any, **rest: Any) -> Check:
     return answers(id=entity, decision=decision, **(keys | rest))
 
 
+ORIGINAL_TOOLS = set("""
+    search fetch run_eval status why why_math promote_model start_canary canary_status abort_canary
+    apply_patch list_dir find_files git_commit write_file create_file update_file append_file rename_file
+    delete_file get_infrastructure_status get_code_analysis get_development_utilities
+    get_module_structure writeFile createFile""".split())
+
+
 def first_names(tools: Any) -> bool:
-    """The names of tools/list: each once, search and fetch first, nothing that is not there yet."""
+    """The names of tools/list: each once, search and fetch first, all of the original's."""
     names = [tool["name"] for tool in tools]
-    contract = [name for name in ("search", "fetch") if name not in LATER]
-    return (len(set(names)) == len(names) and names[:len(contract)] == contract and not LATER & set(names)
-            and {"run_eval", "status", "why", "start_canary", "write_file", "writeFile"} <= set(names)
-            and next(tool for tool in tools if tool["name"] == "fetch")["inputSchema"]["required"] == ["id"])
+    is_complete = len(set(names)) == len(names) and set(names) >= ORIGINAL_TOOLS
+    return is_complete and names[:2] == ["search", "fetch"] and tools[1]["inputSchema"]["required"] == ["id"]
 
 
 START = {"modelId": "model-a", "fromGate": "stage", "toGate": "prod"}
@@ -8993,7 +17383,8 @@ SHIPPED_PROTOCOL = [
     Row(6, "initialize 1.0", ask_initialize("1.0"), is_greeted("2025-11-25"),
         "`initialize` with an unknown version gets 2025-11-25."),
     Row(7, "initialize no params", rpc_ask("initialize"), is_greeted(is_text)),
-    Row(8, "initialize numeric version", rpc_ask("initialize", params={"protocolVersion": 7}), is_greeted(is_text)),
+    Row(8, "initialize numeric version", rpc_ask("initialize", params={"protocolVersion": 7}),
+        is_greeted(is_text)),
     Row(9, "notification initialized", post_mcp({"jsonrpc": "2.0", "method": "notifications/initialized"}),
         http_is(202, content_length="0"), BUG),
     Row(10, "notification tools/call", post_mcp({"jsonrpc": "2.0", "method": "tools/call", "params": {
@@ -9001,28 +17392,34 @@ SHIPPED_PROTOCOL = [
     Row(11, "tools/list", rpc_ask("tools/list", params={}), rpc_result(tools=first_names), BUG),
     Row(12, "tools/list cursor", rpc_ask("tools/list", params={"cursor": "zzz"}), rpc_result(tools=is_list)),
     Row(13, "ping", rpc_ask("ping"), rpc_result(), BUG),
-    Row(14, "resources/list", rpc_ask("resources/list", params={}), rpc_error(-32601), BUG),
-    Row(15, "prompts/list", rpc_ask("prompts/list", params={}), rpc_error(-32601), BUG),
-    Row(16, "logging/setLevel", rpc_ask("logging/setLevel", params={}), rpc_error(-32601), BUG),
+    Row(14, "resources/list", rpc_ask("resources/list", params={}), rpc_result(resources=is_list), BUG),
+    Row(15, "prompts/list", rpc_ask("prompts/list", params={}), rpc_result(prompts=is_list), BUG),
+    Row(16, "logging/setLevel", rpc_ask("logging/setLevel", params={}), rpc_error(-32602), BUG),
     Row(17, "unknown method", rpc_ask("no/such", 5), rpc_error(-32601, request_id=5), BUG),
     Row(18, "unknown tool", tool_call("no_such", 6), rpc_error(-32602, request_id=6), BUG),
     Row(19, "tools/call no params", rpc_ask("tools/call", 7), rpc_error(-32602, request_id=7), BUG),
-    Row(20, "tools/call params null", rpc_ask("tools/call", 7, params=None), rpc_error(-32602, request_id=7), BUG),
-    Row(21, "tools/call arguments null", post_mcp({"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {
+    Row(20, "tools/call params null", rpc_ask("tools/call", 7, params=None), rpc_error(-32602, request_id=7),
+        BUG),
+    Row(21, "tools/call arguments null",
+        post_mcp({"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {
         "name": "search", "arguments": None}}, tool="search"), is_refused("query"), BUG),
-    Row(22, "tools/call arguments missing", post_mcp({"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {
+    Row(22, "tools/call arguments missing",
+        post_mcp({"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {
         "name": "get_code_analysis"}}, tool="get_code_analysis"),
         answers(health_score=anything, code_quality=anything, total_files=anything, timestamp="$TS",
                  quality_standard=anything)),
-    Row(23, "bad json", post_mcp('{"jsonrpc": "2.0", "id": 1,'), rpc_error(-32700, request_id=None, status=400), BUG),
+    Row(23, "bad json", post_mcp('{"jsonrpc": "2.0", "id": 1,'),
+        rpc_error(-32700, request_id=None, status=400), BUG),
     Row(24, "empty body", post_mcp(""), rpc_error(-32700, -32600, request_id=None, status=400), OWN_CODES),
     Row(25, "body is a string", post_mcp('"hello"'), rpc_error(-32600, request_id=None, status=400), BUG),
     Row(26, "body is null", post_mcp("null"), rpc_error(-32600, request_id=None, status=400), BUG),
     Row(27, "batch", post_mcp([{"jsonrpc": "2.0", "id": 1, "method": "tools/list"},
                            {"jsonrpc": "2.0", "id": 2, "method": "tools/list"}]),
         batch_of(2), REVISIONS),
-    Row(28, "missing jsonrpc", post_mcp({"id": 1, "method": "tools/list"}), rpc_error(-32600, status=400), OWN_CODES),
-    Row(29, "jsonrpc 1.0", post_mcp({"jsonrpc": "1.0", "id": 1, "method": "tools/list"}), rpc_error(-32600, status=400),
+    Row(28, "missing jsonrpc", post_mcp({"id": 1, "method": "tools/list"}), rpc_error(-32600, status=400),
+        OWN_CODES),
+    Row(29, "jsonrpc 1.0", post_mcp({"jsonrpc": "1.0", "id": 1, "method": "tools/list"}),
+        rpc_error(-32600, status=400),
         OWN_CODES),
     Row(30, "no method", post_mcp({"jsonrpc": "2.0", "id": 1}), rpc_error(-32600, status=400), OWN_CODES),
     Row(31, 'id "abc"', tool_call("get_module_structure", "abc"), MODULES),
@@ -9031,14 +17428,17 @@ SHIPPED_PROTOCOL = [
     Row(34, "id null", tool_call("get_module_structure", None), MODULES),
     Row(35, 'id {"a": 1}', tool_call("get_module_structure", {"a": 1}),
         rpc_error(-32600, request_id=None, status=400), OWN_CODES),
-    Row(36, "content type text/plain", post_mcp({"jsonrpc": "2.0", "id": 1, "method": "initialize"}, Content_Type="text/plain"),
+    Row(36, "content type text/plain",
+        post_mcp({"jsonrpc": "2.0", "id": 1, "method": "initialize"}, Content_Type="text/plain"),
         http_is(415), "JSON-RPC 2.0, `application/json`"),
-    Row(37, "accept text/html", post_mcp({"jsonrpc": "2.0", "id": 1, "method": "initialize"}, Accept="text/html"),
+    Row(37, "accept text/html",
+        post_mcp({"jsonrpc": "2.0", "id": 1, "method": "initialize"}, Accept="text/html"),
         is_greeted(is_text)),
-    Row(38, "foreign origin", post_mcp({"jsonrpc": "2.0", "id": 1, "method": "initialize"}, Origin="http://evil.example"),
+    Row(38, "foreign origin", post_mcp({"jsonrpc": "2.0", "id": 1, "method": "initialize"},
+                                       Origin="http://evil.example"),
         http_is(403), BUG),
-    Row(39, "invalid utf8", post_mcp(b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"search",'
-                                 b'"arguments":{"query":"\xff\xfe"}}}'),
+    Row(39, "invalid utf8", post_mcp(b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":'
+                                 b'"search","arguments":{"query":"\xff\xfe"}}}'),
         rpc_error(-32700, request_id=None, status=400), OWN_CODES),
 ]
 SHIPPED_ROUTES = [
@@ -9049,7 +17449,8 @@ SHIPPED_ROUTES = [
     Row(44, "GET /healthz", web_ask("GET", "/healthz", Accept="*/*"), http_is(200), BUG),
     Row(45, "HEAD /readyz", web_ask("HEAD", "/readyz", Accept="*/*"), http_is(200)),
     Row(46, "GET /readyz", web_ask("GET", "/readyz", Accept="*/*"), http_is(200), BUG),
-    Row(47, "GET /cockpit.html", web_ask("GET", "/cockpit.html", Accept="*/*"), http_is(200, content_type="text/html"),
+    Row(47, "GET /cockpit.html", web_ask("GET", "/cockpit.html", Accept="*/*"),
+        http_is(200, content_type="text/html"),
         "the cockpit, from any working directory"),
     Row(48, "GET /metrics", web_ask("GET", "/metrics", Accept="*/*"), http_is(200, "http_requests_total{"),
         "| `GET /metrics` | Prometheus text"),
@@ -9061,12 +17462,16 @@ SHIPPED_ROUTES = [
     Row(54, "GET /sse?topic=job/x", web_ask("GET", "/sse?topic=job/x", Accept="*/*"),
         frames_are(("open", {"ok": True, "topic": "job/x", "topics": ["job/x"]})), BUG),
     Row(55, "GET /sse", web_ask("GET", "/sse", Accept="*/*"), http_is(400, "missing topic"), BUG),
-    Row(56, "GET / forwarded proto and host", web_ask("GET", "/", Host="mcp.example.test", X_Forwarded_Proto="https"),
+    Row(56, "GET / forwarded proto and host",
+        web_ask("GET", "/", Host="mcp.example.test", X_Forwarded_Proto="https"),
         http_is(421), "Without keys the Host must be loopback (any port) or in `LUKHAS_MCP_ALLOWED_HOSTS`"),
-    Row(57, "GET /mcp without sse accept", web_ask("GET", "/mcp", Accept="application/json"), http_is(405, allow="POST"), METHOD),
-    Row(58, "OPTIONS /mcp", web_ask("OPTIONS", "/mcp", Origin="http://localhost:3000", Access_Control_Request_Method="POST",
+    Row(57, "GET /mcp without sse accept", web_ask("GET", "/mcp", Accept="application/json"),
+        http_is(405, allow="POST"), METHOD),
+    Row(58, "OPTIONS /mcp", web_ask("OPTIONS", "/mcp", Origin="http://localhost:3000",
+                                    Access_Control_Request_Method="POST",
                                 Access_Control_Request_Headers="x-api-key"),
-        http_is((200, 204), access_control_allow_origin="http://localhost:3000", access_control_allow_headers="X-API-Key",
+        http_is((200, 204), access_control_allow_origin="http://localhost:3000",
+                access_control_allow_headers="X-API-Key",
              access_control_allow_methods="POST"), BUG),
     Row(59, "OPTIONS /anything", web_ask("OPTIONS", "/anything"), http_is((200, 204))),
     Row(60, "GET double slash", web_ask("GET", "//"), http_is((400, 404)), BUG),
@@ -9076,148 +17481,211 @@ SHIPPED_SEARCH = [
     Row(62, "search success", tool_call("search", query="mcp"), answers(**HITS, results=is_list), BUG),
     Row(63, "search limit 2", tool_call("search", query="constellation", limit=2), answers(
         ids=lambda found: len(found) <= 2, hits=lambda found: len(found) <= 2)),
-    Row(64, "search no match text", tool_call("search", query="zzzz-nothing"), answers(ids=[], hits=[], results=[]), BUG),
-    Row(65, "search limit 0", tool_call("search", query="mcp", limit=0), answers(ids=lambda found: len(found) <= 1)),
-    Row(66, "search limit -1", tool_call("search", query="mcp", limit=-1), answers(ids=lambda found: len(found) <= 1), BUG),
-    Row(67, "search limit 1000 and extra argument", tool_call("search", query="mcp", limit=1000, foo="bar"), answers(**HITS)),
+    Row(64, "search no match text", tool_call("search", query="zzzz-nothing"),
+        answers(ids=[], hits=[], results=[]), BUG),
+    Row(65, "search limit 0", tool_call("search", query="mcp", limit=0),
+        answers(ids=lambda found: len(found) <= 1)),
+    Row(66, "search limit -1", tool_call("search", query="mcp", limit=-1),
+        answers(ids=lambda found: len(found) <= 1), BUG),
+    Row(67, "search limit 1000 and extra argument", tool_call("search", query="mcp", limit=1000, foo="bar"),
+        answers(**HITS)),
     Row(68, "search unicode", tool_call("search", query='⚛️ ñandú "quoted"'), answers(**HITS)),
     Row(69, "search error missing query", tool_call("search"), is_refused("query"), FAILS),
     Row(70, "search error empty query", tool_call("search", query=""), is_refused("query"), FAILS),
-    Row(71, "search error query number", tool_call("search", query=123), is_refused("query"), BUG),
-    Row(72, "fetch success", tool_call("fetch", id="lukhas-arch-001"), is_refused("lukhas-arch-001"), REPOSITORY),
-    Row(73, "fetch success fields", tool_call("fetch", id="mcp-tools-003", fields=["title"]), is_refused("mcp-tools-003"), BUG),
+    Row(71, "search error query number", tool_call("search", query=123), answers(**HITS), BUG),
+    Row(72, "fetch success", tool_call("fetch", id="lukhas-arch-001"), is_refused("lukhas-arch-001"),
+        REPOSITORY),
+    Row(73, "fetch success fields", tool_call("fetch", id="mcp-tools-003", fields=["title"]),
+        is_refused("mcp-tools-003"), BUG),
     Row(74, "fetch unknown id", tool_call("fetch", id="nope"), is_refused("nope"), BUG),
-    Row(75, "fetch file by path id", tool_call("fetch", id=path_id("README.md")), fetches("README.md", "text/markdown")),
-    Row(76, "fetch file not markdown", tool_call("fetch", id=path_id("src/app.py")), fetches("src/app.py", "text/plain")),
+    Row(75, "fetch file by path id", tool_call("fetch", id=id_of_path("README.md")),
+        fetches("README.md", "text/markdown")),
+    Row(76, "fetch file not markdown", tool_call("fetch", id=id_of_path("src/app.py")),
+        fetches("src/app.py", "text/plain")),
     Row(77, "fetch error missing id", tool_call("fetch"), is_refused("id"), FAILS),
     Row(78, "fetch error id number", tool_call("fetch", id=5), is_refused("5"), BUG),
-    Row(79, "fetch error file missing", tool_call("fetch", id=path_id("nope.md")), is_refused("nope.md"), FAILS),
-    Row(80, "fetch error traversal", tool_call("fetch", id=path_id("../outside/o.txt")), is_refused(), FAILS),
-    Row(81, "fetch error folder", tool_call("fetch", id=path_id("docs")), is_refused("docs"), FAILS),
-    Row(82, "fetch sibling folder escape", tool_call("fetch", id=path_id("../repo-sibling/s.txt")), is_refused(), BUG),
-    Row(83, "fetch symlink escape", tool_call("fetch", id=path_id("link/o.txt")), is_refused("link"), BUG),
-    Row(84, "fetch git internals", tool_call("fetch", id=path_id(".git/HEAD")), is_refused(".git"), BUG),
+    Row(79, "fetch error file missing", tool_call("fetch", id=id_of_path("nope.md")), is_refused("nope.md"),
+        FAILS),
+    Row(80, "fetch error traversal", tool_call("fetch", id=id_of_path("../outside/o.txt")), is_refused(),
+        FAILS),
+    Row(81, "fetch error folder", tool_call("fetch", id=id_of_path("docs")), is_refused("docs"), FAILS),
+    Row(82, "fetch sibling folder escape", tool_call("fetch", id=id_of_path("../repo-sibling/s.txt")),
+        is_refused(), BUG),
+    Row(83, "fetch symlink escape", tool_call("fetch", id=id_of_path("link/o.txt")), is_refused("link"), BUG),
+    Row(84, "fetch git internals", tool_call("fetch", id=id_of_path(".git/HEAD")), is_refused(".git"), BUG),
 ]
 SHIPPED_EVALS = [
-    Row(85, "run_eval success", tool_call("run_eval", taskId="task-1", configId="cfg-1"), job_is("$JOB1", "QUEUED")),
-    Row(86, "status queued", tool_call("status", jobId="$JOB1"), job_is("$JOB1", one_of("QUEUED", "RUNNING"), result=None)),
+    Row(85, "run_eval success", tool_call("run_eval", taskId="task-1", configId="cfg-1"),
+        job_is("$JOB1", "QUEUED")),
+    Row(86, "status queued", tool_call("status", jobId="$JOB1"),
+        job_is("$JOB1", one_of("QUEUED", "RUNNING"), result=None)),
     Row(87, "status running", tool_call("status", jobId="$JOB1"), job_is("$JOB1", "RUNNING", result=None)),
     Row(88, "run_eval dry run", tool_call("run_eval", taskId="task-2", configId="cfg-2", dryRun=True),
         job_is("$JOB2", "DRY_RUN", "task-2", "cfg-2")),
-    Row(89, "status dry run", tool_call("status", jobId="$JOB2"), job_is("$JOB2", "DRY_RUN", "task-2", "cfg-2", result=None)),
+    Row(89, "status dry run", tool_call("status", jobId="$JOB2"),
+        job_is("$JOB2", "DRY_RUN", "task-2", "cfg-2", result=None)),
     Row(90, "run_eval error missing all", tool_call("run_eval"), is_refused("taskId", "configId"), FAILS),
-    Row(91, "run_eval error missing configId", tool_call("run_eval", taskId="t"), is_refused("configId"), FAILS),
-    Row(92, "run_eval numbers", tool_call("run_eval", taskId=5, configId=6), job_is("$JOB3", one_of("QUEUED", "FAILED"), "5", "6")),
+    Row(91, "run_eval error missing configId", tool_call("run_eval", taskId="t"), is_refused("configId"),
+        FAILS),
+    Row(92, "run_eval numbers", tool_call("run_eval", taskId=5, configId=6),
+        job_is("$JOB3", one_of("QUEUED", "FAILED"), "5", "6")),
     Row(93, "status completed", tool_call("status", jobId="$JOB1"), job_is("$JOB1", "COMPLETED", result={
         "taskId": "task-1", "configId": "cfg-1", "metrics": {"accuracy": anything}, "artifacts": is_list})),
-    Row(94, "status error unknown", tool_call("status", jobId="job_none"), is_refused("Unknown jobId: job_none"), FAILS),
+    Row(94, "status error unknown", tool_call("status", jobId="job_none"),
+        is_refused("Unknown jobId: job_none"), FAILS),
     Row(95, "status error missing", tool_call("status"), is_refused("jobId"), FAILS),
-    Row(96, "why job", tool_call("why", id="$JOB1"), narrates("run_eval", "eval_running", "eval_completed"), BUG),
+    Row(96, "why job", tool_call("why", id="$JOB1"), narrates("run_eval", "eval_running", "eval_completed"),
+        BUG),
     Row(97, "promote_model success", tool_call("promote_model", modelId="model-a", gate="stage"),
         gate_is("stage", changed=True, gates=["stage"])),
     Row(98, "promote_model again", tool_call("promote_model", modelId="model-a", gate="stage"),
         gate_is("stage", changed=False, gates=["stage"])),
     Row(99, "promote_model second gate", tool_call("promote_model", modelId="model-a", gate="prod"),
         gate_is("prod", changed=True, gates=["stage", "prod"])),
-    Row(100, "promote_model dry run", tool_call("promote_model", modelId="model-b", gate="stage", dryRun=True),
+    Row(100, "promote_model dry run",
+        tool_call("promote_model", modelId="model-b", gate="stage", dryRun=True),
         gate_is("stage", changed=True, gates=[], model="model-b", dry_run=True)),
-    Row(101, "promote_model error missing gate", tool_call("promote_model", modelId="model-a"), is_refused("gate"), FAILS),
-    Row(102, "promote_model error missing all", tool_call("promote_model"), is_refused("modelId", "gate"), FAILS),
-    Row(103, "why model", tool_call("why", id="model-a"), narrates("promote_model", "promote_model"), GRAMMAR),
+    Row(101, "promote_model error missing gate", tool_call("promote_model", modelId="model-a"),
+        is_refused("gate"), FAILS),
+    Row(102, "promote_model error missing all", tool_call("promote_model"), is_refused("modelId", "gate"),
+        FAILS),
+    Row(103, "why model", tool_call("why", id="model-a"), narrates("promote_model", "promote_model"),
+        GRAMMAR),
     Row(104, "why unknown", tool_call("why", id="nobody"), tells("No audit narrative found for: nobody")),
     Row(105, "why missing id", tool_call("why"), is_refused("id"), BUG),
-    Row(106, "why_math model", tool_call("why_math", id="model-a"), math_is("model-a", is_text, evidence=lambda rows: len(rows) > 1)),
-    Row(107, "why_math unknown", tool_call("why_math", id="nobody"), math_is("nobody", "unknown", time_to_action_sec=None, evidence=[])),
+    Row(106, "why_math model", tool_call("why_math", id="model-a"),
+        math_is("model-a", is_text, evidence=lambda rows: len(rows) > 1)),
+    Row(107, "why_math unknown", tool_call("why_math", id="nobody"),
+        math_is("nobody", "unknown", time_to_action_sec=None, evidence=[])),
     Row(108, "why_math missing id", tool_call("why_math"), is_refused("id"), BUG),
-    Row(109, "why_math percent sign", tool_call("why_math", id="%"), math_is("%", "unknown", evidence=[]), BUG),
+    Row(109, "why_math percent sign", tool_call("why_math", id="%"), math_is("%", "unknown", evidence=[]),
+        BUG),
 ]
 SHIPPED_FILES = [
-    Row(110, "write_file success", tool_call("write_file", path="docs/new/a.txt", contents="alpha\n"), answers(
+    Row(110, "write_file success", tool_call("write_file", path="docs/new/a.txt", contents="alpha\n"),
+        answers(
         path="$REPO/docs/new/a.txt", relativePath="docs/new/a.txt", size=6, created="$TS", modified="$TS",
         encoding="utf8", sha256=sha256_of("alpha\n")), BUG),
-    Row(111, "write_file unicode", tool_call("write_file", path="docs/new/u.txt", contents="ñ 🧠\n"), file_is("docs/new/u.txt", 8)),
-    Row(112, "write_file empty contents", tool_call("write_file", path="docs/new/e.txt", contents=""), file_is("docs/new/e.txt", 0)),
-    Row(113, "write_file overwrite", tool_call("write_file", path="docs/new/a.txt", contents="beta\n", overwrite=True),
+    Row(111, "write_file unicode", tool_call("write_file", path="docs/new/u.txt", contents="ñ 🧠\n"),
+        file_is("docs/new/u.txt", 8)),
+    Row(112, "write_file empty contents", tool_call("write_file", path="docs/new/e.txt", contents=""),
+        file_is("docs/new/e.txt", 0)),
+    Row(113, "write_file overwrite",
+        tool_call("write_file", path="docs/new/a.txt", contents="beta\n", overwrite=True),
         file_is("docs/new/a.txt", 5)),
     Row(114, "write_file absolute path", tool_call("write_file", path="$REPO/docs/new/abs.txt", contents="x"),
         file_is("docs/new/abs.txt", 1)),
     Row(115, "write_file error exists", tool_call("write_file", path="docs/new/a.txt", contents="gamma\n"),
         is_refused("docs/new/a.txt", "overwrite"), FAILS),
-    Row(116, "write_file error missing contents", tool_call("write_file", path="x.txt"), is_refused("contents"), FAILS),
-    Row(117, "write_file error traversal", tool_call("write_file", path="../evil.txt", contents="x"), is_refused("../evil.txt"), FAILS),
+    Row(116, "write_file error missing contents", tool_call("write_file", path="x.txt"),
+        is_refused("contents"), FAILS),
+    Row(117, "write_file error traversal", tool_call("write_file", path="../evil.txt", contents="x"),
+        is_refused("../evil.txt"), FAILS),
     Row(118, "write_file error absolute outside", tool_call("write_file", path="/etc/evil.txt", contents="x"),
         is_refused("/etc/evil.txt"), FAILS),
-    Row(119, "write_file error bad encoding", tool_call("write_file", path="docs/new/enc.txt", contents="x", encoding="utf-9"),
+    Row(119, "write_file error bad encoding",
+        tool_call("write_file", path="docs/new/enc.txt", contents="x", encoding="utf-9"),
         is_refused("encoding"), FAILS),
-    Row(120, "write_file sibling folder escape", tool_call("write_file", path="../repo-sibling/w.txt", contents="x"), is_refused(), BUG),
-    Row(121, "write_file symlink escape", tool_call("write_file", path="link/w.txt", contents="x"), is_refused("link"), BUG),
-    Row(122, "write_file error path is a folder", tool_call("write_file", path="docs", contents="x", overwrite=True),
+    Row(120, "write_file sibling folder escape",
+        tool_call("write_file", path="../repo-sibling/w.txt", contents="x"), is_refused(), BUG),
+    Row(121, "write_file symlink escape", tool_call("write_file", path="link/w.txt", contents="x"),
+        is_refused("link"), BUG),
+    Row(122, "write_file error path is a folder",
+        tool_call("write_file", path="docs", contents="x", overwrite=True),
         is_refused("docs"), FAILS),
     Row(123, "create_file success", tool_call("create_file", path="docs/new/c.txt", contents="c1\n"),
         file_is("docs/new/c.txt", 3, template=None)),
-    Row(124, "create_file template python", tool_call("create_file", path="src/gen.py", contents="x = 1\n", template="python"),
+    Row(124, "create_file template python",
+        tool_call("create_file", path="src/gen.py", contents="x = 1\n", template="python"),
         file_is("src/gen.py", is_count, template="python")),
-    Row(125, "create_file unknown template", tool_call("create_file", path="src/gen2.py", contents="x = 1\n", template="cobol"),
+    Row(125, "create_file unknown template",
+        tool_call("create_file", path="src/gen2.py", contents="x = 1\n", template="cobol"),
         file_is("src/gen2.py", 6, template="cobol")),
     Row(126, "create_file error exists", tool_call("create_file", path="docs/new/c.txt", contents="c2\n"),
         is_refused("docs/new/c.txt"), FAILS),
-    Row(127, "create_file error missing contents", tool_call("create_file", path="docs/new/d.txt"), is_refused("contents"), FAILS),
-    Row(128, "create_file error traversal", tool_call("create_file", path="../../evil", contents="x"), is_refused("../../evil"), FAILS),
-    Row(129, "update_file success", tool_call("update_file", path="docs/new/c.txt", contents="c3\n", expectSha256=sha256_of("c1\n")),
+    Row(127, "create_file error missing contents", tool_call("create_file", path="docs/new/d.txt"),
+        is_refused("contents"), FAILS),
+    Row(128, "create_file error traversal", tool_call("create_file", path="../../evil", contents="x"),
+        is_refused("../../evil"), FAILS),
+    Row(129, "update_file success",
+        tool_call("update_file", path="docs/new/c.txt", contents="c3\n", expectSha256=sha256_of("c1\n")),
         answers(path="docs/new/c.txt", sha256=sha256_of("c3\n"), size=3, modified="$TS")),
-    Row(130, "update_file error sha mismatch", tool_call("update_file", path="docs/new/c.txt", contents="c4\n",
-                                                    expectSha256=sha256_of("c1\n")), is_refused(sha256_of("c3\n")), FAILS),
-    Row(131, "update_file error no such file", tool_call("update_file", path="docs/none.txt", contents="x", expectSha256=NO_SHA),
+    Row(130, "update_file error sha mismatch",
+        tool_call("update_file", path="docs/new/c.txt", contents="c4\n",
+                                                    expectSha256=sha256_of("c1\n")),
+                                                    is_refused(sha256_of("c3\n")), FAILS),
+    Row(131, "update_file error no such file",
+        tool_call("update_file", path="docs/none.txt", contents="x", expectSha256=NO_SHA),
         is_refused("docs/none.txt"), FAILS),
     Row(132, "update_file error missing sha", tool_call("update_file", path="docs/new/c.txt", contents="x"),
         is_refused("expectSha256"), FAILS),
     Row(133, "append_file success", tool_call("append_file", path="docs/new/c.txt", contents="c5\n"),
         answers(path="docs/new/c.txt", sha256=sha256_of("c3\nc5\n"), size=6, appended=3), BUG),
-    Row(134, "append_file no newline", tool_call("append_file", path="docs/new/c.txt", contents="c6", ensureNewline=False),
+    Row(134, "append_file no newline",
+        tool_call("append_file", path="docs/new/c.txt", contents="c6", ensureNewline=False),
         answers(path="docs/new/c.txt", sha256=sha256_of("c3\nc5\nc6"), size=8, appended=2),
         "`append_file` put the newline in front"),
     Row(135, "append_file error no such file", tool_call("append_file", path="docs/none.txt", contents="x"),
         is_refused("docs/none.txt"), FAILS),
-    Row(136, "append_file error missing contents", tool_call("append_file", path="docs/new/c.txt"), is_refused("contents"), FAILS),
-    Row(137, "rename_file success", tool_call("rename_file", **{"from": "docs/new/u.txt", "to": "docs/moved/u.txt"}), answers(
+    Row(136, "append_file error missing contents", tool_call("append_file", path="docs/new/c.txt"),
+        is_refused("contents"), FAILS),
+    Row(137, "rename_file success",
+        tool_call("rename_file", **{"from": "docs/new/u.txt", "to": "docs/moved/u.txt"}), answers(
         **{"from": "docs/new/u.txt", "to": "docs/moved/u.txt", "size": 8, "moved": True})),
-    Row(138, "rename_file error target exists", tool_call("rename_file", **{"from": "docs/new/a.txt", "to": "docs/moved/u.txt"}),
+    Row(138, "rename_file error target exists",
+        tool_call("rename_file", **{"from": "docs/new/a.txt", "to": "docs/moved/u.txt"}),
         is_refused("docs/moved/u.txt", "overwrite"), FAILS),
     Row(139, "rename_file overwrite", tool_call("rename_file", **{
         "from": "docs/new/a.txt", "to": "docs/moved/u.txt", "overwrite": True}), answers(
         **{"from": "docs/new/a.txt", "to": "docs/moved/u.txt", "size": 5, "moved": True})),
-    Row(140, "rename_file error no source", tool_call("rename_file", **{"from": "docs/none.txt", "to": "docs/x.txt"}),
+    Row(140, "rename_file error no source",
+        tool_call("rename_file", **{"from": "docs/none.txt", "to": "docs/x.txt"}),
         is_refused("docs/none.txt"), FAILS),
-    Row(141, "rename_file error missing to", tool_call("rename_file", **{"from": "docs/new/c.txt"}), is_refused("to"), FAILS),
-    Row(142, "rename_file error traversal", tool_call("rename_file", **{"from": "docs/new/c.txt", "to": "../out.txt"}),
+    Row(141, "rename_file error missing to", tool_call("rename_file", **{"from": "docs/new/c.txt"}),
+        is_refused("to"), FAILS),
+    Row(142, "rename_file error traversal",
+        tool_call("rename_file", **{"from": "docs/new/c.txt", "to": "../out.txt"}),
         is_refused("../out.txt"), FAILS),
-    Row(143, "delete_file error sha mismatch", tool_call("delete_file", path="docs/moved/u.txt", expectSha256=NO_SHA),
+    Row(143, "delete_file error sha mismatch",
+        tool_call("delete_file", path="docs/moved/u.txt", expectSha256=NO_SHA),
         is_refused(sha256_of("beta\n")), FAILS),
-    Row(144, "delete_file success", tool_call("delete_file", path="docs/moved/u.txt", expectSha256=sha256_of("beta\n")),
+    Row(144, "delete_file success",
+        tool_call("delete_file", path="docs/moved/u.txt", expectSha256=sha256_of("beta\n")),
         answers(path="docs/moved/u.txt", deleted=True, previousSha256=sha256_of("beta\n"))),
-    Row(145, "delete_file error no such file", tool_call("delete_file", path="docs/moved/u.txt", expectSha256=sha256_of("beta\n")),
+    Row(145, "delete_file error no such file",
+        tool_call("delete_file", path="docs/moved/u.txt", expectSha256=sha256_of("beta\n")),
         is_refused("docs/moved/u.txt"), FAILS),
-    Row(146, "delete_file error missing sha", tool_call("delete_file", path="README.md"), is_refused("expectSha256"), FAILS),
+    Row(146, "delete_file error missing sha", tool_call("delete_file", path="README.md"),
+        is_refused("expectSha256"), FAILS),
 ]
 SHIPPED_PATCHES = [
-    Row(147, "apply_patch success", tool_call("apply_patch", path="docs/guide.md", patch=GUIDE_PATCH, expectSha256=GUIDE_SHA),
-        answers(path="docs/guide.md", bytesWritten=is_count, previousSha256=GUIDE_SHA, sha256=is_text, created=False), BUG),
+    Row(147, "apply_patch success",
+        tool_call("apply_patch", path="docs/guide.md", patch=GUIDE_PATCH, expectSha256=GUIDE_SHA),
+        answers(path="docs/guide.md", bytesWritten=is_count, previousSha256=GUIDE_SHA, sha256=is_text,
+                created=False), BUG),
     Row(148, "apply_patch error stale sha", tool_call("apply_patch", path="docs/guide.md", patch=GUIDE_PATCH,
                                                  expectSha256=NO_SHA), is_refused("docs/guide.md"), FAILS),
     Row(149, "apply_patch context mismatch", tool_call("apply_patch", path="src/app.py", patch=(
-        "@@ -1,2 +1,2 @@\n nothing like it\n-not there\n+replaced\n"), expectSha256=APP_SHA), is_refused(), BUG),
-    Row(150, "apply_patch no hunk replaces the file", tool_call("apply_patch", path="src/app.py", patch="just text\n",
+        "@@ -1,2 +1,2 @@\n nothing like it\n-not there\n+replaced\n"), expectSha256=APP_SHA), is_refused(),
+        BUG),
+    Row(150, "apply_patch no hunk replaces the file",
+        tool_call("apply_patch", path="src/app.py", patch="just text\n",
                                                            expectSha256=APP_SHA), is_refused(), BUG),
-    Row(151, "apply_patch error headers without hunk", tool_call("apply_patch", path="docs/guide.md", patch="--- a\n+++ b\n",
+    Row(151, "apply_patch error headers without hunk",
+        tool_call("apply_patch", path="docs/guide.md", patch="--- a\n+++ b\n",
                                                             expectSha256=GUIDE_SHA), is_refused(), FAILS),
-    Row(152, "apply_patch create", tool_call("apply_patch", path="docs/created.md", patch="@@ -0,0 +1,2 @@\n+one\n+two\n",
+    Row(152, "apply_patch create",
+        tool_call("apply_patch", path="docs/created.md", patch="@@ -0,0 +1,2 @@\n+one\n+two\n",
                                         expectSha256="", allowCreate=True), answers(created=True), BUG),
-    Row(153, "apply_patch create without hunk", tool_call("apply_patch", path="docs/created.md", patch="one\ntwo\n",
+    Row(153, "apply_patch create without hunk",
+        tool_call("apply_patch", path="docs/created.md", patch="one\ntwo\n",
                                                      expectSha256="", allowCreate=True), is_refused(), FAILS),
-    Row(154, "apply_patch error no such file", tool_call("apply_patch", path="docs/none.md", patch=GUIDE_PATCH, expectSha256="x"),
+    Row(154, "apply_patch error no such file",
+        tool_call("apply_patch", path="docs/none.md", patch=GUIDE_PATCH, expectSha256="x"),
         is_refused("docs/none.md"), FAILS),
     Row(155, "apply_patch error missing all", tool_call("apply_patch"), is_refused("path"), BUG),
-    Row(156, "apply_patch error traversal", tool_call("apply_patch", path="../x", patch=GUIDE_PATCH, expectSha256="x"),
+    Row(156, "apply_patch error traversal",
+        tool_call("apply_patch", path="../x", patch=GUIDE_PATCH, expectSha256="x"),
         is_refused("../x"), FAILS),
 ]
 SHIPPED_LISTINGS = [
@@ -9227,29 +17695,40 @@ SHIPPED_LISTINGS = [
         answers(items=lambda items: len(items) == 2, truncated=True)),
     Row(159, "list_dir max 0", tool_call("list_dir", path="docs", max=0),
         answers(items=lambda items: len(items) == 1, truncated=True)),
-    *(Row(number, f"list_dir glob {name}", tool_call("list_dir", path="docs", glob=glob), lists("docs/guide.md"), BUG)
-      for number, name, glob in ((160, "star md", "*.md"), (161, "exact", "guide.md"), (162, "double star", "**/*.md"))),
+    *(Row(number, f"list_dir glob {name}", tool_call("list_dir", path="docs", glob=glob),
+          lists("docs/guide.md"), BUG)
+      for number, name, glob in ((160, "star md", "*.md"), (161, "exact", "guide.md"),
+                                 (162, "double star", "**/*.md"))),
     Row(163, "list_dir error no such folder", tool_call("list_dir", path="none"), is_refused("none"), BUG),
-    Row(164, "list_dir error a file", tool_call("list_dir", path="README.md"), is_refused("README.md"), FAILS),
+    Row(164, "list_dir error a file", tool_call("list_dir", path="README.md"), is_refused("README.md"),
+        FAILS),
     Row(165, "list_dir error traversal", tool_call("list_dir", path=".."), is_refused(".."), FAILS),
     Row(166, "list_dir missing path", tool_call("list_dir", max=3), is_refused("path"), BUG),
     Row(167, "find_files success as shipped", tool_call("find_files", glob="*.md"),
         answers(items=lambda items: {"path": "README.md"} in items, truncated=False), BUG),
-    Row(168, "find_files missing glob", tool_call("find_files"), is_refused("glob"), "| find_files | glob; max=100 (1..500) |"),
+    Row(168, "find_files missing glob", tool_call("find_files"), is_refused("glob"),
+        "| find_files | glob; max=100 (1..500) |"),
     Row(169, "git_commit as shipped", tool_call("git_commit", message="golden commit", stageAll=True),
-        answers(commit=lambda value: re.fullmatch("[0-9a-f]{40}", value), message="golden commit", stageAll=True), BUG),
+        answers(commit=lambda value: re.fullmatch("[0-9a-f]{40}", value), message="golden commit",
+                stageAll=True), BUG),
     Row(170, "git_commit error missing message", tool_call("git_commit"), is_refused("message"), FAILS),
-    Row(171, "git_commit error blank message", tool_call("git_commit", message="  "), is_refused("message"), FAILS),
-    Row(172, "git_commit error traversal", tool_call("git_commit", message="m", add=["../x"]), is_refused("../x"), FAILS),
-    *(Row(173 + 3 * at + part, f"{name} {label}", post_mcp({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+    Row(171, "git_commit error blank message", tool_call("git_commit", message="  "), is_refused("message"),
+        FAILS),
+    Row(172, "git_commit error traversal", tool_call("git_commit", message="m", add=["../x"]),
+        is_refused("../x"), FAILS),
+    *(Row(173 + 3 * at + part, f"{name} {label}",
+          post_mcp({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
         "name": name, "arguments": arguments}}, tool=name),
         answers(**dict.fromkeys(keys, anything), timestamp="$TS", quality_standard=anything))
       for at, (name, keys) in enumerate(ABSTRACTS.items())
-      for part, (label, arguments) in enumerate((("success", {}), ("extra argument", {"foo": 1}), ("arguments null", None)))),
+      for part, (label, arguments) in enumerate((("success", {}), ("extra argument", {"foo": 1}),
+          ("arguments null", None)))),
     Row(185, "writeFile success", tool_call("writeFile", path="docs/cc/w.txt", content="one\n"), answers(
-        success=True, operation="writeFile", path="$REPO/docs/cc/w.txt", relativePath=is_text, size=4, encoding="utf8",
+        success=True, operation="writeFile", path="$REPO/docs/cc/w.txt", relativePath=is_text, size=4,
+        encoding="utf8",
         overwritten=False, timestamp="$TS")),
-    Row(186, "writeFile overwrite", tool_call("writeFile", path="docs/cc/w.txt", content="two\n", overwrite=True), answers(
+    Row(186, "writeFile overwrite",
+        tool_call("writeFile", path="docs/cc/w.txt", content="two\n", overwrite=True), answers(
         success=True, operation="writeFile", path="$REPO/docs/cc/w.txt", size=4, overwritten=True)),
     Row(187, "writeFile exists", tool_call("writeFile", path="docs/cc/w.txt", content="three\n"),
         failed_document("writeFile", "docs/cc/w.txt"), PREFERRED_FAILURE),
@@ -9259,24 +17738,32 @@ SHIPPED_LISTINGS = [
         answers(success=True, size=0), BUG),
     Row(190, "writeFile error missing", tool_call("writeFile"), is_refused("path", "content"), FAILS),
     Row(191, "createFile success", tool_call("createFile", path="docs/cc/c.txt", content="one\n"), answers(
-        success=True, operation="createFile", path="$REPO/docs/cc/c.txt", relativePath=is_text, size=4, template=None,
+        success=True, operation="createFile", path="$REPO/docs/cc/c.txt", relativePath=is_text, size=4,
+        template=None,
         encoding="utf8", timestamp="$TS")),
-    Row(192, "createFile template markdown", tool_call("createFile", path="docs/cc/t.md", content="body\n", template="markdown"),
+    Row(192, "createFile template markdown",
+        tool_call("createFile", path="docs/cc/t.md", content="body\n", template="markdown"),
         answers(success=True, template="markdown", size=is_count)),
     Row(193, "createFile exists", tool_call("createFile", path="docs/cc/c.txt", content="two\n"),
         failed_document("createFile", "docs/cc/c.txt"), PREFERRED_FAILURE),
-    Row(194, "createFile error missing content", tool_call("createFile", path="docs/cc/z.txt"), is_refused("content"), FAILS),
+    Row(194, "createFile error missing content", tool_call("createFile", path="docs/cc/z.txt"),
+        is_refused("content"), FAILS),
 ]
 SHIPPED_CANARIES = [
     Row(195, "start_canary dry run", tool_call("start_canary", **START, targets=TARGETS, dryRun=True),
         canary_started("$CANARY1", "PENDING", 300, TARGETS)),
     Row(196, "start_canary success", tool_call("start_canary", **START, windowSeconds=20, targets=TARGETS),
         canary_started("$CANARY2", "RUNNING", 20, TARGETS)),
-    Row(197, "start_canary no targets", tool_call("start_canary", **START, dryRun=True), canary_started("$CANARY3", "PENDING", 300, {})),
-    Row(198, "start_canary error missing gates", tool_call("start_canary", modelId="model-a"), is_refused("fromGate", "toGate"), FAILS),
-    Row(199, "start_canary error missing all", tool_call("start_canary"), is_refused("modelId", "fromGate", "toGate"), FAILS),
-    Row(200, "canary_status pending", tool_call("canary_status", canaryId="$CANARY1"), canary_is("$CANARY1", "PENDING", 300)),
-    Row(201, "canary_status running", tool_call("canary_status", canaryId="$CANARY2"), canary_is("$CANARY2", "RUNNING", 20)),
+    Row(197, "start_canary no targets", tool_call("start_canary", **START, dryRun=True),
+        canary_started("$CANARY3", "PENDING", 300, {})),
+    Row(198, "start_canary error missing gates", tool_call("start_canary", modelId="model-a"),
+        is_refused("fromGate", "toGate"), FAILS),
+    Row(199, "start_canary error missing all", tool_call("start_canary"),
+        is_refused("modelId", "fromGate", "toGate"), FAILS),
+    Row(200, "canary_status pending", tool_call("canary_status", canaryId="$CANARY1"),
+        canary_is("$CANARY1", "PENDING", 300)),
+    Row(201, "canary_status running", tool_call("canary_status", canaryId="$CANARY2"),
+        canary_is("$CANARY2", "RUNNING", 20)),
     Row(202, "canary_status error unknown", tool_call("canary_status", canaryId="canary_none"),
         is_refused("Unknown canaryId: canary_none"), FAILS),
     Row(203, "canary_status error missing", tool_call("canary_status"), is_refused("canaryId"), FAILS),
@@ -9285,58 +17772,79 @@ SHIPPED_CANARIES = [
     Row(205, "abort_canary again", tool_call("abort_canary", canaryId="$CANARY1"),
         answers(canaryId="$CANARY1", status="ROLLED_BACK", alreadyFinal=True),
         "on a final canary its status unchanged and `alreadyFinal:true`"),
-    Row(206, "canary_status rolled back", tool_call("canary_status", canaryId="$CANARY1"), canary_is("$CANARY1", "ROLLED_BACK", 300)),
+    Row(206, "canary_status rolled back", tool_call("canary_status", canaryId="$CANARY1"),
+        canary_is("$CANARY1", "ROLLED_BACK", 300)),
     Row(207, "abort_canary error unknown", tool_call("abort_canary", canaryId="canary_none"),
         is_refused("Unknown canaryId: canary_none"), FAILS),
     Row(208, "abort_canary error missing", tool_call("abort_canary"), is_refused("canaryId"), FAILS),
-    Row(209, "why canary aborted", tool_call("why", id="$CANARY1"), narrates("canary_dry_run", "canary_abort"), GRAMMAR),
-    Row(210, "why_math canary aborted", tool_call("why_math", id="$CANARY1"), math_is("$CANARY1", "ROLLED_BACK", thresholds={
+    Row(209, "why canary aborted", tool_call("why", id="$CANARY1"),
+        narrates("canary_dry_run", "canary_abort"), GRAMMAR),
+    Row(210, "why_math canary aborted", tool_call("why_math", id="$CANARY1"),
+        math_is("$CANARY1", "ROLLED_BACK", thresholds={
         "latency_p95_ms": 250, "max_error_rate": 0.02, "max_drift": None})),
     Row(211, "GET /mcp sse 31 s", stream_ask("/mcp"), OPEN_STREAM),
-    Row(212, "canary_status after two ticks", tool_call("canary_status", canaryId="$CANARY2"), canary_is("$CANARY2", "PROMOTED", 20)),
-    Row(213, "why_math canary promoted", tool_call("why_math", id="$CANARY2"), math_is("$CANARY2", "PROMOTED", observed={
+    Row(212, "canary_status after two ticks", tool_call("canary_status", canaryId="$CANARY2"),
+        canary_is("$CANARY2", "PROMOTED", 20)),
+    Row(213, "why_math canary promoted", tool_call("why_math", id="$CANARY2"),
+        math_is("$CANARY2", "PROMOTED", observed={
         "latency_p95_ms": lambda value: 0 < value < 250, "error_rate": 0, "drift": None}), BUG),
     Row(214, "abort_canary after promotion", tool_call("abort_canary", canaryId="$CANARY2"),
         answers(canaryId="$CANARY2", status="PROMOTED", alreadyFinal=True), BUG),
-    Row(215, "GET evidence export", web_ask("GET", "/evidence/export?from=30d"), http_is(200, content_type="application/zip")),
-    Row(216, "GET evidence export bad from", web_ask("GET", "/evidence/export?from=banana&to=2020-01-01"), http_is(400),
+    Row(215, "GET evidence export", web_ask("GET", "/evidence/export?from=30d"),
+        http_is(200, content_type="application/zip")),
+    Row(216, "GET evidence export bad from", web_ask("GET", "/evidence/export?from=banana&to=2020-01-01"),
+        http_is(400),
         "a bad value is a 400"),
     Row(217, "GET evidence export prefix", web_ask("GET", "/evidence/exportXYZ"), NOT_FOUND, BUG),
 ]
 PATCHED_ROWS = [
-    Row(218, "write_file success", tool_call("write_file", path="docs/new/a.txt", contents="alpha\n"), answers(
-        path="$REPO/docs/new/a.txt", relativePath="docs/new/a.txt", size=6, created="$TS", modified="$TS", encoding="utf8")),
+    Row(218, "write_file success", tool_call("write_file", path="docs/new/a.txt", contents="alpha\n"),
+        answers(
+        path="$REPO/docs/new/a.txt", relativePath="docs/new/a.txt", size=6, created="$TS", modified="$TS",
+        encoding="utf8")),
     Row(219, "find_files star md", tool_call("find_files", glob="*.md"),
         answers(items=lambda items: {"path": "README.md"} in items, truncated=False), BUG),
-    Row(220, "find_files exact", tool_call("find_files", glob="README.md"), answers(items=[{"path": "README.md"}], truncated=False),
+    Row(220, "find_files exact", tool_call("find_files", glob="README.md"),
+        answers(items=[{"path": "README.md"}], truncated=False),
         BUG),
     Row(221, "find_files max 1", tool_call("find_files", glob="*", max=1),
         answers(items=lambda items: len(items) == 1, truncated=True), BUG),
     Row(222, "find_files empty glob", tool_call("find_files", glob=""), answers(items=[], truncated=False)),
-    Row(223, "git_commit stage all", tool_call("git_commit", message="golden commit", stageAll=True, signoff=True), answers(
-        commit=lambda value: re.fullmatch("[0-9a-f]{40}", value), message="golden commit", stageAll=True), BUG),
-    Row(224, "git_commit nothing to commit", tool_call("git_commit", message="again"), is_refused("nothing"), BUG),
+    Row(223, "git_commit stage all",
+        tool_call("git_commit", message="golden commit", stageAll=True, signoff=True), answers(
+        commit=lambda value: re.fullmatch("[0-9a-f]{40}", value), message="golden commit", stageAll=True),
+        BUG),
+    Row(224, "git_commit nothing to commit", tool_call("git_commit", message="again"), is_refused("nothing"),
+        BUG),
     Row(225, "GET /sse no topic", stream_ask("/sse"), http_is(400, "missing topic")),
-    Row(226, "GET /sse topic open", stream_ask("/sse?topic=job/abc"), frames_are(("open", {"ok": True, "topic": "job/abc"}))),
-    Row(227, "GET /sse topic with quote", stream_ask("/sse?topic=a%22b%0Ac"), frames_are(("open", {"ok": True, "topic": 'a"b\nc'}))),
-    Row(228, "GET /sse two topics", stream_ask("/sse?topic=a&topic=b"), frames_are(("open", {"ok": True, "topic": "a"}))),
-    Row(229, "run_eval for sse", tool_call("run_eval", taskId="task-1", configId="cfg-1"), job_is("$JOB4", "QUEUED")),
+    Row(226, "GET /sse topic open", stream_ask("/sse?topic=job/abc"),
+        frames_are(("open", {"ok": True, "topic": "job/abc"}))),
+    Row(227, "GET /sse topic with quote", stream_ask("/sse?topic=a%22b%0Ac"),
+        frames_are(("open", {"ok": True, "topic": 'a"b\nc'}))),
+    Row(228, "GET /sse two topics", stream_ask("/sse?topic=a&topic=b"),
+        frames_are(("open", {"ok": True, "topic": "a"}))),
+    Row(229, "run_eval for sse", tool_call("run_eval", taskId="task-1", configId="cfg-1"),
+        job_is("$JOB4", "QUEUED")),
     Row(230, "GET /sse job events", stream_ask("/sse?topic=job/$JOB4", "completed"), frames_are(
         ("open", {"ok": True, "topic": "job/$JOB4"}), ("running", {"jobId": "$JOB4", "ts": "$TS"}),
         ("completed", {"jobId": "$JOB4", "ts": "$TS", "result": {"taskId": "task-1", "metrics": is_table}}))),
-    Row(231, "start_canary for sse", tool_call("start_canary", modelId="m", fromGate="a", toGate="b", targets=TARGETS, dryRun=True),
+    Row(231, "start_canary for sse",
+        tool_call("start_canary", modelId="m", fromGate="a", toGate="b", targets=TARGETS, dryRun=True),
         canary_started("$CANARY4", "PENDING", 300, TARGETS, "m a b")),
     Row(232, "abort_canary while watched", tool_call("abort_canary", canaryId="$CANARY4"),
         answers(canaryId="$CANARY4", status="ROLLED_BACK")),
     Row(233, "GET /sse canary abort", stream_ask("/sse?topic=canary/$CANARY4", "rolled_back"), frames_are(
         ("open", {"ok": True, "topic": "canary/$CANARY4"}),
         ("rolled_back", {"canaryId": "$CANARY4", "ts": "$TS", "reason": "aborted"}))),
-    Row(234, "GET /cockpit.html present", web_ask("GET", "/cockpit.html"), http_is(200, "<!doctype html>", content_type="text/html")),
+    Row(234, "GET /cockpit.html present", web_ask("GET", "/cockpit.html"),
+        http_is(200, "<!doctype html>", content_type="text/html")),
     Row(235, "start_canary unknown model runs 20 s", tool_call(
         "start_canary", modelId="never-promoted", fromGate="a", toGate="b", windowSeconds=20,
         targets={"latency_p95_ms": 10000, "max_error_rate": 1}),
-        canary_started("$CANARY5", "RUNNING", 20, {"latency_p95_ms": 10000, "max_error_rate": 1}, "never-promoted a b")),
-    Row(236, "GET /health 24 s after canary of unknown model", web_ask("GET", "/health"), http_is(200, body=HEALTH), BUG),
+        canary_started("$CANARY5", "RUNNING", 20, {"latency_p95_ms": 10000, "max_error_rate": 1},
+                       "never-promoted a b")),
+    Row(236, "GET /health 24 s after canary of unknown model", web_ask("GET", "/health"),
+        http_is(200, body=HEALTH), BUG),
 ]
 MODULE_CALL = "get_module_structure"
 AUTH = [
@@ -9350,7 +17858,8 @@ AUTH = [
     Row(244, "401 wrong x-api-key, right bearer", tool_call(MODULE_CALL, _headers={
         "X-API-Key": "wrong", "Authorization": "Bearer key-one"}), UNAUTHORIZED),
     Row(245, "401 post with key in query", tool_call(MODULE_CALL, _path="/mcp?key=key-one"), UNAUTHORIZED),
-    Row(246, "401 initialize without key", post_mcp('{"jsonrpc":"2.0","id":1,"method":"initialize"}'), UNAUTHORIZED),
+    Row(246, "401 initialize without key", post_mcp('{"jsonrpc":"2.0","id":1,"method":"initialize"}'),
+        UNAUTHORIZED),
     Row(247, "401 bad json without key", post_mcp("{"), UNAUTHORIZED),
     Row(248, "GET /mcp sse 401", stream_ask("/mcp"), http_is(401)),
     Row(249, "GET /mcp sse with key in query", stream_ask("/mcp?key=key-two"), OPEN_STREAM,
@@ -9358,7 +17867,8 @@ AUTH = [
     Row(250, "GET /mcp sse wrong key in query", stream_ask("/mcp?key=nope"), http_is(401)),
     Row(251, "GET /sse 401", stream_ask("/sse?topic=job/x"), http_is(401, "unauthorized")),
     Row(252, "GET /sse 401 before 400", stream_ask("/sse"), http_is(401, "unauthorized")),
-    Row(253, "GET /sse with key in query", stream_ask("/sse?topic=job/x&key=key-one"), frames_are(("open", {"ok": True, "topic": "job/x"}))),
+    Row(253, "GET /sse with key in query", stream_ask("/sse?topic=job/x&key=key-one"),
+        frames_are(("open", {"ok": True, "topic": "job/x"}))),
     Row(254, "GET /sse with bearer", stream_ask("/sse?topic=job/x", Authorization="Bearer key-one"),
         frames_are(("open", {"ok": True, "topic": "job/x"}))),
     Row(255, "GET / without key", web_ask("GET", "/"), http_is(200, body=INFORMATION)),
@@ -9367,32 +17877,45 @@ AUTH = [
     Row(258, "GET evidence export without key", web_ask("GET", "/evidence/export"), http_is(401), BUG),
 ]
 LIMITED_ROWS = [
-    *(Row(258 + at, f"rate limit bucket 3 request {at}", tool_call(MODULE_CALL), MODULES) for at in (1, 2, 3)),
-    Row(262, "rate limit bucket 3 request 4", tool_call(MODULE_CALL), http_is(429, body={"error": {"code": -32001}}, retry_after=""), BUG),
-    Row(263, "rate limit spoofed forwarded-for", tool_call(MODULE_CALL, _headers={"X-Forwarded-For": "10.9.8.7"}), LIMITED),
-    Row(264, "rate limit sse", stream_ask("/mcp"), LIMITED),
+    *(Row(258 + at, f"rate limit bucket 3 request {at}", tool_call(MODULE_CALL), MODULES)
+      for at in (1, 2, 3)),
+    Row(262, "rate limit bucket 3 request 4", tool_call(MODULE_CALL),
+        http_is(429, body={"error": {"code": -32001}}, retry_after=""), BUG),
+    Row(263, "rate limit spoofed forwarded-for",
+        tool_call(MODULE_CALL, _headers={"X-Forwarded-For": "10.9.8.7"}), RATE_LIMITED),
+    Row(264, "rate limit sse", stream_ask("/mcp"), RATE_LIMITED),
     Row(265, "rate limit healthz", web_ask("HEAD", "/healthz"), http_is(200)),
     Row(276, "rate limit sse route 1", stream_ask("/sse"), http_is(429)),
 ]
 GUESSES = [
-    *(Row(265 + at, f"rate limit with keys, wrong key {at}", tool_call(MODULE_CALL, _headers={"X-API-Key": f"guess-{at}"}),
+    *(Row(265 + at, f"rate limit with keys, wrong key {at}",
+          tool_call(MODULE_CALL, _headers={"X-API-Key": f"guess-{at}"}),
           UNAUTHORIZED) for at in (1, 2)),
-    Row(268, "rate limit with keys, wrong key 3", tool_call(MODULE_CALL, _headers={"X-API-Key": "guess-3"}), LIMITED, BUG),
-    *(Row(268 + at, f"rate limit with keys, good key {at}", tool_call(MODULE_CALL, _headers={"X-API-Key": "key-one"}), MODULES)
+    Row(268, "rate limit with keys, wrong key 3", tool_call(MODULE_CALL, _headers={"X-API-Key": "guess-3"}),
+        RATE_LIMITED, BUG),
+    *(Row(268 + at, f"rate limit with keys, good key {at}",
+          tool_call(MODULE_CALL, _headers={"X-API-Key": "key-one"}), MODULES)
       for at in (1, 2)),
-    Row(271, "rate limit with keys, good key 3", tool_call(MODULE_CALL, _headers={"X-API-Key": "key-one"}), LIMITED),
-    *(Row(271 + at, f"rate limit with keys, no key, request {at}", tool_call(MODULE_CALL, _headers={"X-Forwarded-For": "10.0.0.1"}),
-          LIMITED, "failed ones draw from the address's bucket and never get one of their own") for at in (1, 2)),
-    Row(274, "rate limit with keys, no key, request 3", tool_call(MODULE_CALL, _headers={"X-Forwarded-For": "10.0.0.1"}), LIMITED),
-    Row(275, "rate limit with keys, no key, request 4", tool_call(MODULE_CALL, _headers={"X-Forwarded-For": "10.0.0.2"}), LIMITED, BUG),
+    Row(271, "rate limit with keys, good key 3", tool_call(MODULE_CALL, _headers={"X-API-Key": "key-one"}),
+        RATE_LIMITED),
+    *(Row(271 + at, f"rate limit with keys, no key, request {at}",
+          tool_call(MODULE_CALL, _headers={"X-Forwarded-For": "10.0.0.1"}),
+          RATE_LIMITED, "failed ones draw from the address's bucket and never get one of their own")
+          for at in (1, 2)),
+    Row(274, "rate limit with keys, no key, request 3",
+        tool_call(MODULE_CALL, _headers={"X-Forwarded-For": "10.0.0.1"}), RATE_LIMITED),
+    Row(275, "rate limit with keys, no key, request 4",
+        tool_call(MODULE_CALL, _headers={"X-Forwarded-For": "10.0.0.2"}), RATE_LIMITED, BUG),
 ]
 INSTANCES: dict[str, tuple[dict[str, Any], list[Row]]] = {
-    "shipped": ({}, [*SHIPPED_PROTOCOL, *SHIPPED_ROUTES, *SHIPPED_SEARCH, *SHIPPED_EVALS, *SHIPPED_FILES, *SHIPPED_PATCHES,
+    "shipped": ({}, [*SHIPPED_PROTOCOL, *SHIPPED_ROUTES, *SHIPPED_SEARCH, *SHIPPED_EVALS, *SHIPPED_FILES,
+                     *SHIPPED_PATCHES,
                      *SHIPPED_LISTINGS, *SHIPPED_CANARIES]),
     "patched": ({}, PATCHED_ROWS),
     "auth": ({"LUKHAS_MCP_API_KEYS": "key-one, key-two"}, AUTH),
     "limited": ({"MCP_RL_BUCKET": 3, "MCP_RL_WINDOW_MS": 600_000}, LIMITED_ROWS),
-    "limited_keys": ({"MCP_RL_BUCKET": 2, "MCP_RL_WINDOW_MS": 600_000, "LUKHAS_MCP_API_KEYS": "key-one"}, GUESSES),
+    "limited_keys": ({"MCP_RL_BUCKET": 2, "MCP_RL_WINDOW_MS": 600_000, "LUKHAS_MCP_API_KEYS": "key-one"},
+                     GUESSES),
 }
 CASES = [(instance, row) for instance, (_, rows) in INSTANCES.items() for row in rows]
 #: What an answer names, by the case that first has it.
@@ -9427,15 +17950,17 @@ class Drive:
         for row in rows:
             try:
                 self.prepare(row.number)
-            except AssertionError as error:
-                self.problems[row.number] = str(error)
-            answer = self.ask(row.ask)
+                answer = self.ask(row.ask)
+            except (AssertionError, OSError) as error:
+                self.problems[row.number] = repr(error)
+                continue
             self.raw[row.number] = answer
             if row.number in NAMES and answer.status == 200:
                 key, name = NAMES[row.number]
                 with contextlib.suppress(KeyError, ValueError):
                     self.names[name] = json.loads(answer.json["result"]["content"][0]["text"])[key]
-            self.seen[row.number] = Seen(answer.status, answer.headers, self.hide(answer.text))
+            text = answer.body.decode("utf-8", "replace")  # evidence is a zip
+            self.seen[row.number] = Seen(answer.status, answer.headers, self.hide(text))
         return self
 
     def prepare(self, number: int) -> None:
@@ -9448,7 +17973,8 @@ class Drive:
         elif number in (196, 235):
             self.feed("prod" if number == 196 else "b", "model-a" if number == 196 else "never-promoted")
         elif number in (212, 236):
-            self.server.wait_for("canary_status", 45, canaryId=self.names["$CANARY2" if number == 212 else "$CANARY5"])
+            self.server.wait_for("canary_status", 45,
+                                 canaryId=self.names["$CANARY2" if number == 212 else "$CANARY5"])
             self.is_fed.set()
 
     def let_go(self) -> None:
@@ -9499,7 +18025,7 @@ class Drive:
 @pytest.fixture(scope="module")
 def drives(tmp_path_factory: Any) -> Iterator[Callable[[str], Drive]]:
     """The answers of an instance, which is driven when it is asked for first."""
-    driven: dict[str, Drive] = {}
+    driven: dict[str, Drive | AssertionError] = {}
 
     def drive(instance: str) -> Drive:
         if instance not in driven:
@@ -9509,27 +18035,34 @@ def drives(tmp_path_factory: Any) -> Iterator[Callable[[str], Drive]]:
             (folder / "task.sh").write_text(GOLDEN_TASK)
             os.mkfifo(folder / "go")
             one = Server(folder, {"LUKHAS_MCP_CONFIG": folder / "plan.toml", **settings})
-            driven[instance] = Drive(one.start())
-            driven[instance].run(rows)
+            try:
+                driven[instance] = Drive(one.start()).run(rows)
+            except AssertionError as error:
+                driven[instance] = error  # told by each case, tried once
+        if isinstance(driven[instance], AssertionError):
+            raise driven[instance]
         return driven[instance]
 
     yield drive
     for one in driven.values():
-        one.is_fed.set()
-        one.server.stop()
+        if isinstance(one, Drive):
+            one.is_fed.set()
+            one.server.stop()
 
 
 class TestGolden:
     """Ours, asked what the original was asked."""
 
-    @pytest.mark.parametrize(("instance", "row"), CASES, ids=[f"{row.number:03}-{row.name}" for _, row in CASES])
+    @pytest.mark.parametrize(("instance", "row"), CASES,
+                             ids=[f"{row.number:03}-{row.name}" for _, row in CASES])
     def test_answer(self, drives: Callable[[str], Drive], instance: str, row: Row) -> None:
         drive = drives(instance)
         assert row.number not in drive.problems, drive.problems[row.number]
-        row.effective.holds(drive.seen[row.number])
+        row.check.holds(drive.seen[row.number])
 
     @pytest.mark.parametrize("instance", ["shipped", "patched"])
-    def test_nothing_is_written_outside_the_repository(self, drives: Callable[[str], Drive], instance: str) -> None:
+    def test_nothing_is_written_outside_the_repository(self, drives: Callable[[str], Drive],
+            instance: str) -> None:
         folder = drives(instance).server.folder
         assert [path.name for path in (folder / "repo-sibling").iterdir()] == ["s.txt"]
         assert [path.name for path in (folder / "outside").iterdir()] == ["o.txt"]
@@ -9537,8 +18070,9 @@ class TestGolden:
 
     def test_the_document_stands_in_structured_content_too(self, drives: Callable[[str], Drive]) -> None:
         compared = 0
+        drive = drives("shipped")
         for row in INSTANCES["shipped"][1]:
-            answer = drives("shipped").raw[row.number]
+            answer = drive.raw.get(row.number, Answer(0, {}, b""))
             if row.ask.tool and row.ask.tool != "why" and answer.status == 200 and "result" in answer.json:
                 outcome = answer.json["result"]
                 if not outcome.get("isError"):
@@ -9567,7 +18101,8 @@ def judge_row(instance: str, row: Row, recording: dict[str, Any], wire: str) -> 
     if parse_body(row.ask.body) != parse_body((request["body"] or "").encode() or None):
         yield f"the recorded body is {request['body']}"
     dropped = ("User-Agent", "Content-Length", *(["Host"] if row.number != 56 else []))
-    if dict(row.ask.headers) != {name: value for name, value in request["headers"].items() if name not in dropped}:
+    if dict(row.ask.headers) != {name: value for name, value in request["headers"].items()
+                                 if name not in dropped}:
         yield f"the recorded headers are {request['headers']}"
     is_same = is_satisfied_by(row.check, recording["response"])
     if is_same and row.why:
@@ -9599,7 +18134,7 @@ def is_satisfied_by(check: Check, response: dict[str, Any] | None) -> bool:
 
 
 # ==============================================================================
-# 35. Guide -- every command of the deployment guide, run word for word
+# 85. Guide -- every command of the deployment guide, run word for word
 # uses: Front, Fakes, Cockpit
 # ==============================================================================
 # The commands stand here as in the guide; only port, interpreter and paths are put in their place.
@@ -9706,7 +18241,8 @@ def adapt(text: str, port: int, folder: pathlib.Path) -> str:
 
 def run_shell(script: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """A script run by bash as a workflow's step is: ends at the first failure."""
-    return subprocess.run([require("bash"), "-e", "-c", script], env=clean_environ(), capture_output=True, text=True,
+    return subprocess.run([require("bash"), "-e", "-c", script], env=clean_environ(), capture_output=True,
+                          text=True,
                           timeout=60, **options)
 
 
@@ -9730,7 +18266,8 @@ def shell_server(script: str, folder: pathlib.Path) -> Iterator[Server]:
 
 def read_steps(workflow: pathlib.Path) -> dict[str, str]:
     """The named `run: |` steps of a workflow file."""
-    found = re.findall(r"^      - name: (.+)\n        run: \|\n((?:          .*\n|\n)+)", workflow.read_text(), re.M)
+    found = re.findall(r"^      - name: (.+)\n        run: \|\n((?:          .*\n|\n)+)",
+                       workflow.read_text(), re.M)
     return {name: re.sub("^ {10}", "", script, flags=re.M) for name, script in found}
 
 
@@ -9745,7 +18282,7 @@ class TestGuide:
     def test_quick_start_serves_the_cockpit(self, tmp_path: pathlib.Path) -> None:
         with shell_server(GUIDE_START, tmp_path) as server:
             page = run_shell(f"curl -sSi {adapt(GUIDE_PAGE, server.port, tmp_path)}").stdout
-            assert page.startswith("HTTP/1.1 200") and "text/html" in page and "<!doctype html>" in page.lower()
+            assert page.startswith("HTTP/1.1 200") and "<!doctype html>" in page.lower(), page[:500]
 
     def test_production_deployment(self, tmp_path: pathlib.Path) -> None:
         with shell_server(GUIDE_PRODUCTION, tmp_path) as server:
@@ -9776,7 +18313,8 @@ class TestGuide:
         assert started["status"] == "RUNNING" and started["policy"] == {
             "windowSeconds": 300, "targets": {"latency_p95_ms": 500, "max_error_rate": 0.01}}
         stream = adapt(GUIDE_STREAM, server.port, server.folder)
-        with subprocess.Popen(["bash", "-c", "exec " + stream], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        with subprocess.Popen(["bash", "-c", "exec " + stream], stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL,
                               env=clean_environ(), text=True) as curl:
             lines = iter(curl.stdout.readline, "")
             first = [next(line for line in lines if line.startswith("event:")).strip(), next(lines)]
@@ -9811,7 +18349,8 @@ class TestGuide:
             os.kill(int((server.repo / "server.pid").read_text()), signal.SIGTERM)
             wait_until(lambda: not is_listening(server.port), 15, "the end of the server")
 
-    def test_matriz_reads_trail_and_stream_in_a_browser(self, make_server: Callable[..., Server], browser: Any) -> None:
+    def test_matriz_reads_trail_and_stream_in_a_browser(self, make_server: Callable[..., Server],
+            browser: Any) -> None:
         server = make_server(LUKHAS_MCP_API_KEYS="api-key", key="api-key")
         canary = server.call("start_canary", modelId="m", fromGate="a", toGate="b", dryRun=True,
                              targets={"latency_p95_ms": 500, "max_error_rate": 0.01})
@@ -9833,7 +18372,7 @@ class TestGuide:
 
 
 # ==============================================================================
-# 36. Package -- what stands around the program: README, Dockerfile, CI, house rules, no packages
+# 86. Package -- what stands around the program: README, Dockerfile, CI, house rules, no packages
 # uses: Front, Fakes, Guide
 # ==============================================================================
 # The README's tables are made from the code between two markers; `python3 test_lukhas_mcp.py readme`
@@ -9886,7 +18425,8 @@ def default_text(one: Any) -> str:
 def fill_markers(text: str, tables: dict[str, str]) -> str:
     """A README with its tables made anew."""
     for name, table in tables.items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda found: f"{found[1]}{table}\n{found[2]}", text,
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+                      lambda found: f"{found[1]}{table}\n{found[2]}", text,
                       flags=re.S)
     return text
 
@@ -9899,7 +18439,8 @@ def readme_main(arguments: list[str]) -> int:
 
 def read_dockerfile() -> list[tuple[str, str]]:
     """Its instructions, each with its text on one line."""
-    lines = [line for line in DOCKERFILE.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    lines = [line for line in DOCKERFILE.read_text().splitlines() if line.strip()
+             and not line.startswith("#")]
     return [tuple(line.split(None, 1)) for line in re.sub(r"\s*\\\n\s*", " ", "\n".join(lines)).splitlines()]
 
 
@@ -9924,7 +18465,8 @@ class TestReadme:
         title, first = text.split("\n\n")[:2]
         assert title.startswith("# ") and 10 <= len(first.split()) <= 60, first
         screen = "\n".join(text.splitlines()[:60])
-        assert "python3 lukhas_mcp.py" in screen and "python3 test_lukhas_mcp.py" in screen and "curl" in screen
+        for word in ("python3 lukhas_mcp.py", "python3 test_lukhas_mcp.py", "curl"):
+            assert word in screen, word
 
     def test_its_curl_answers_as_shown(self, make_server: Callable[..., Server]) -> None:
         command, shown = read_example(README.read_text(encoding="utf-8"))
@@ -9953,19 +18495,21 @@ class TestHouse:
 
     def test_the_house_rules_hold(self) -> None:
         checker = require_shared("style/check_house.py")
-        found = subprocess.run([sys.executable, str(checker), str(PROGRAM), "--tests", str(HERE / "test_lukhas_mcp.py"),
+        found = subprocess.run([sys.executable, str(checker), str(PROGRAM), "--tests",
+                                str(HERE / "test_lukhas_mcp.py"),
                                 "--strict"], capture_output=True, text=True)
         assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-1000:]
 
     def test_no_name_of_this_file_is_defined_twice(self) -> None:
         tree = ast.parse((HERE / "test_lukhas_mcp.py").read_text(encoding="utf-8"))
-        names = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+        names = [node.name for node in tree.body
+                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
         names += [target.id for node in tree.body if isinstance(node, ast.Assign)
                   for target in node.targets if isinstance(target, ast.Name)]
         assert not {name for name in names if names.count(name) > 1}
 
     def test_no_path_of_a_machine_stands_in_a_file(self) -> None:
-        places = (HERE.parent.as_posix() + "/", os.path.expanduser("~") + "/")
+        places = (HERE.as_posix() + "/", os.path.expanduser("~") + "/")
         for path in (PROGRAM, HERE / "cockpit.html", README, DOCKERFILE, HERE / ".ci/run"):
             text = path.read_text(encoding="utf-8")
             assert not any(place in text for place in places if len(place) > 2), path
@@ -9974,7 +18518,8 @@ class TestHouse:
         for path in (PROGRAM, HERE / "test_lukhas_mcp.py"):
             text = path.read_text(encoding="utf-8")
             banners = re.findall(r"^# ={70,}\n# (\d+)\. (\w+) -- (.+)$", text, re.M)
-            listed = re.findall(r"^ +(\d+)\. (\w+) +(.+)$", text.partition('"""')[2].partition('"""')[0], re.M)
+            listed = re.findall(r"^ +(\d+)\. (\w+) +(.+)$", text.partition('"""')[2].partition('"""')[0],
+                                re.M)
             assert banners == listed, path
 
 
@@ -9991,7 +18536,8 @@ class TestScriptBlocks:
         assert all(re.match(r"[\w-]+==[\w.]+(;|$)", one) for one in block["dependencies"]), block
 
     @pytest.mark.parametrize(("requirement", "is_met"), [
-        (f"pytest=={pytest.__version__}", True), ("pytest==0.0.1", False), ("no-such-package-here==1.0", False),
+        (f"pytest=={pytest.__version__}", True), ("pytest==0.0.1", False),
+        ("no-such-package-here==1.0", False),
         (f"pytest=={pytest.__version__}; sys_platform != 'win32'", True)])
     def test_is_satisfied(self, requirement: str, is_met: bool) -> None:
         assert is_satisfied(requirement) is is_met
@@ -10004,8 +18550,10 @@ class TestDockerfile:
     """The image, without an engine."""
 
     def test_it_passes_the_linter(self) -> None:
-        program = shutil.which("hadolint", path=str(pathlib.Path(sys.executable).parent)) or require("hadolint")
-        found = subprocess.run([program, "--failure-threshold", "info", str(DOCKERFILE)], capture_output=True, text=True)
+        program = shutil.which("hadolint",
+                               path=str(pathlib.Path(sys.executable).parent)) or require("hadolint")
+        found = subprocess.run([program, "--failure-threshold", "info", str(DOCKERFILE)], capture_output=True,
+                               text=True)
         assert found.returncode == 0, found.stdout + found.stderr
 
     def test_what_it_promises(self) -> None:
@@ -10014,14 +18562,16 @@ class TestDockerfile:
         assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", said["FROM"])
         assert re.fullmatch(r"\d{4,5}:\d{4,5}", said["USER"])
         assert json.loads(said["ENTRYPOINT"]) == ["python", "/app/lukhas_mcp.py"]
-        assert json.loads(said["HEALTHCHECK"].partition("CMD ")[2])[:3] == ["python", "/app/lukhas_mcp.py", "probe"]
+        assert json.loads(said["HEALTHCHECK"].partition("CMD ")[2])[:3] == ["python", "/app/lukhas_mcp.py",
+            "probe"]
         assert set(json.loads(said["VOLUME"])) == {"/data", "/repo"}
         environ = dict(word.split("=", 1) for word in shlex.split(said["ENV"]))
         assert environ["HOST"] == "0.0.0.0" and environ["LUKHAS_MCP_DB"] == "/data/lukhas-mcp.db"
         assert environ["LUKHAS_MCP_STATE_DIR"] == "/data"
         pinned = {word for kind, text in steps if kind == "RUN" for word in text.split() if "==" in word}
         block = read_script_block((HERE / "test_lukhas_mcp.py").read_text(encoding="utf-8"))
-        assert pinned == {one.partition(";")[0] for one in block["dependencies"] if re.match("uvloop|orjson", one)}
+        assert pinned == {one.partition(";")[0] for one in block["dependencies"]
+                          if re.match("uvloop|orjson", one)}
 
     def test_only_what_is_copied_enters_the_context(self) -> None:
         ignored = (HERE / ".dockerignore").read_text().split()
@@ -10032,7 +18582,8 @@ class TestDockerfile:
         """The files copied, its environment, its user, its entry point and its health check."""
         said = dict(read_dockerfile())
         uid = int(said["USER"].split(":")[0]) if os.getuid() == 0 else os.getuid()
-        python = next((path for path in (sys.executable, "/usr/bin/python3") if is_reachable(path, uid)), None)
+        python = next((path for path in (sys.executable, "/usr/bin/python3") if is_reachable(path, uid)),
+                      None)
         if python is None:
             (pytest.fail if IS_CI else pytest.skip)(f"no interpreter that uid {uid} can run")
         with tempfile.TemporaryDirectory(prefix="image-") as place:
@@ -10046,7 +18597,8 @@ class TestDockerfile:
             subprocess.run(["chown", "-R", str(uid), str(root / "data"), str(root / "repo")], check=True)
             environ = {name: value.replace("/data", f"{root}/data").replace("/repo", f"{root}/repo")
                        for name, value in (word.split("=", 1) for word in shlex.split(said["ENV"]))}
-            check_image(root, python, environ | {"PORT": str(free_port()), "PATH": os.environ["PATH"]}, uid, said)
+            check_image(root, python, environ | {"PORT": str(free_port()), "PATH": os.environ["PATH"]}, uid,
+                        said)
 
     def test_it_refuses_to_start_without_keys(self, make_server: Callable[..., Server]) -> None:
         server = make_server(started=False, HOST="0.0.0.0")
@@ -10058,24 +18610,30 @@ class TestDockerfile:
 def is_reachable(program: str, uid: int) -> bool:
     """Whether a user can run a Python interpreter of at least 3.11."""
     try:
-        found = subprocess.run([program, "-c", "import sys; print(sys.version_info >= (3, 11))"], user=uid, cwd="/",
-                               extra_groups=[], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+        found = subprocess.run([program, "-c", "import sys; print(sys.version_info >= (3, 11))"], user=uid,
+                               cwd="/",
+                               extra_groups=[], capture_output=True, text=True,
+                               env={"PATH": os.environ["PATH"]})
     except OSError:
         return False
     return found.stdout.strip() == "True"
 
 
-def check_image(root: pathlib.Path, python: str, environ: dict[str, str], uid: int, said: dict[str, str]) -> None:
+def check_image(root: pathlib.Path, python: str, environ: dict[str, str], uid: int,
+                said: dict[str, str]) -> None:
     """Run the entry point and the health check of the image that lies unpacked in `root`."""
     def run(words: str) -> list[str]:
         return [python, *(word.replace("/app", f"{root}/app") for word in json.loads(words)[1:])]
-    options = {"cwd": root / "repo", "user": uid, "extra_groups": []} if os.getuid() == 0 else {"cwd": root / "repo"}
+    options = {"cwd": root / "repo", "user": uid,
+               "extra_groups": []} if os.getuid() == 0 else {"cwd": root / "repo"}
     environ = environ | {"LUKHAS_MCP_API_KEYS": "ops:admin:image-secret"}
-    with open(root / "log", "wb") as log, subprocess.Popen(run(said["ENTRYPOINT"]), env=environ, stdout=log, stderr=log,
+    with open(root / "log", "wb") as log, subprocess.Popen(run(said["ENTRYPOINT"]), env=environ, stdout=log,
+        stderr=log,
                                                            **options) as process:
         try:
             probe = run(said["HEALTHCHECK"].partition("CMD ")[2])
-            wait_until(lambda: subprocess.run(probe, env=environ, capture_output=True, **options).returncode == 0
+            wait_until(lambda: subprocess.run(probe, env=environ, capture_output=True,
+                                              **options).returncode == 0
                        or process.poll() is not None, 20, "a good health check")
             assert process.poll() is None, (root / "log").read_text()
             server = Server(root, {}, key="image-secret", port=int(environ["PORT"]))
@@ -10095,7 +18653,8 @@ class TestWorkflows:
 
     def test_the_matrix_has_every_python_and_system(self) -> None:
         text = (HERE / ".github/workflows/ci.yml").read_text()
-        assert 'python: ["3.11", "3.12", "3.13", "3.14"]' in text and "os: [ubuntu-latest, macos-latest]" in text
+        assert 'python: ["3.11", "3.12", "3.13", "3.14"]' in text
+        assert "os: [ubuntu-latest, macos-latest]" in text
         assert "python test_lukhas_mcp.py" in text and "docker build" in text
 
     def test_ci_run_is_a_script_that_parses(self) -> None:
@@ -10103,7 +18662,8 @@ class TestWorkflows:
         assert os.access(script, os.X_OK)
         assert subprocess.run(["bash", "-n", str(script)], capture_output=True).returncode == 0
         text = script.read_text()
-        assert "set -euo pipefail" in text and "python3 test_lukhas_mcp.py" in text and "TEST_WITHOUT_PACKAGES=1" in text
+        for word in ("set -euo pipefail", "python3 test_lukhas_mcp.py", "TEST_WITHOUT_PACKAGES=1"):
+            assert word in text, word
 
 
 class TestSmoke:
@@ -10129,7 +18689,9 @@ class TestSmoke:
         done = bare.wait_for("status", jobId=started["jobId"])
         assert done["status"] == "COMPLETED" and done["result"]["metrics"], done
         with bare.sse(f"job/{started['jobId']}") as stream:
-            assert [frame.event for frame in stream.until(lambda frame: frame.event == "completed")][:2] == ["open", "queued"]
+            assert [frame.event
+                    for frame in stream.until(lambda frame: frame.event == "completed")][:2] == ["open",
+                        "queued"]
 
     def test_a_long_number_and_a_lone_surrogate_come_back(self, bare: Server) -> None:
         for request_id in (2 ** 70, "\ud800"):
@@ -10138,20 +18700,322 @@ class TestSmoke:
 
     def test_it_imports_nothing_but_the_standard_library(self) -> None:
         tree = ast.parse(PROGRAM.read_text(encoding="utf-8"))
-        names = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        names |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+        names = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
+                 for alias in node.names}
+        names |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+                  and not node.level}
         assert names - set(sys.stdlib_module_names) == {"uvloop", "orjson"}
 
     @pytest.mark.parametrize("argument", ["--help", "--version", "config"])
     def test_a_command_that_only_tells(self, argument: str, tmp_path: pathlib.Path) -> None:
-        found = subprocess.run([sys.executable, "-I", "-S", str(PROGRAM), argument], cwd=tmp_path, env=clean_environ(),
+        found = subprocess.run([sys.executable, "-I", "-S", str(PROGRAM), argument], cwd=tmp_path,
+                               env=clean_environ(),
                                capture_output=True, text=True)
         assert found.returncode == 0 and found.stdout and not found.stderr, found
         assert list(tmp_path.iterdir()) == []
 
 
 # ==============================================================================
-# 37. Bench -- figures beside a bare peer in the same run: `python3 test_lukhas_mcp.py bench`
+# 87. Searchset -- queries with known answers from any repository: `python3 test_lukhas_mcp.py benchsearch [PATH]`
+# uses: Front, Fakes, Finder
+# ==============================================================================
+# Four kinds, in the proportions of the design: words of a definition's first sentence, names,
+# fragments of paths, subjects of small commits. An answer is right when it is one of the accepted
+# paths; byte-identical copies of one count as well. The same seed makes the same queries.
+
+
+SEARCH_KINDS = {"doc": 300, "ident": 150, "path": 150, "commit": 100}
+_STOP = frozenset("a an and are as at be been but by can did do does for from has have how if in into is it its may "
+                  "must no not of on only or should so such than that the their then there these they this to use "
+                  "used uses using was we were what when where which will with you your return returns".split())
+_GO_DOC = re.compile(r"((?:^//.*\n)+)(?:func(?: \([^)]*\))?|type) (\w+)", re.M)
+_HEADING = re.compile(r"^(?:#{1,3} (.+)\n|(.+)\n[=~-]{4,}\n)\s*([^#\s].{30,})", re.M)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One query: its kind, its text and the paths that answer it."""
+
+    kind: str
+    text: str
+    paths: frozenset[str]
+
+
+class Searchset:
+    """Makes queries from a checkout; `sample` gives them in the usual proportions."""
+
+    def __init__(self, root: pathlib.Path, seed: int = 1):
+        self.root, self.chance = root, random.Random(seed)
+        listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, check=True).stdout
+        self.paths = sorted(path for path in listed.decode("utf-8", "replace").split("\0")
+                            if path and (root / path).is_file() and not (root / path).is_symlink())
+        self.texts: dict[str, str] = {}
+        self.twins: dict[str, set[str]] = collections.defaultdict(set)
+        for path in self.paths:
+            content = (root / path).read_bytes()
+            if len(content) <= 512 * 1024 and b"\0" not in content[:8192]:
+                self.texts[path] = content.decode("utf-8", "replace")
+                self.twins[hashlib.sha256(content).hexdigest()].add(path)
+        self.same = {path: twins for twins in self.twins.values() for path in twins}
+        self.names = collections.defaultdict(set)  # definitions: name to paths
+        self.sentences: list[tuple[str, str]] = []
+        for path, text in self.texts.items():
+            self._look_into(path, text)
+
+    def sample(self, share: float = 1.0) -> list[Asked]:
+        """Queries of every kind."""
+        makers = {"doc": self._doc, "ident": self._ident, "path": self._path, "commit": self._commits}
+        return [asked for kind, count in SEARCH_KINDS.items()
+                for asked in itertools.islice(makers[kind](), round(count * share))]
+
+    def _look_into(self, path: str, text: str) -> None:
+        if path.endswith(".py"):
+            try:
+                tree = ast.parse(text)
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                return
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                    self.names[node.name].add(path)
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
+                    self.sentences.append((path, ast.get_docstring(node) or ""))
+        elif path.endswith(".go"):
+            for comment, name in _GO_DOC.findall(text):
+                self.sentences.append((path, comment.replace("//", " ")))
+            for name in re.findall(r"^(?:func(?: \([^)]*\))?|type) (\w+)", text, re.M):
+                self.names[name].add(path)
+        elif path.endswith((".md", ".rst")):
+            for match in _HEADING.finditer(text):
+                self.sentences.append((path, f"{match[1] or match[2]} {match[3]}"))
+
+    def _asked(self, kind: str, text: str, paths: set[str]) -> Asked:
+        return Asked(kind, text, frozenset().union(*(self.same.get(path, {path}) for path in paths)))
+
+    def _doc(self):
+        found = [(path, text) for path, text in self.sentences if len(text) > 40]
+        self.chance.shuffle(found)
+        seen = set()
+        for path, text in found:
+            sentence = re.split(r"\.\s|\n\s*\n", text.strip())[0]
+            words = [word for word in re.findall(r"[A-Za-z][A-Za-z0-9_]{2,}", sentence) if word.lower() not in _STOP]
+            if len(set(words)) >= 5 and sentence not in seen and sum(sentence in its for _, its in self.sentences) <= 10:
+                seen.add(sentence)
+                kept = sorted(self.chance.sample(range(len(words)), min(len(words), self.chance.randint(4, 6))))
+                accepted = {other for other, its in self.sentences if sentence in its}
+                yield self._asked("doc", " ".join(words[at] for at in kept), accepted | {path})
+
+    def _ident(self):
+        names = sorted(name for name, paths in self.names.items() if len(name) >= 6 and len(paths) <= 2
+                       and not name.startswith(("test", "Test", "__")))
+        self.chance.shuffle(names)
+        phrases = ("where is {} defined", "how does {} work", "callers of {}", "{} implementation")
+        for name in names:
+            words = " ".join(re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)).lower()
+            draw = self.chance.random()
+            if draw >= 0.6 and " " not in words:
+                continue
+            text = name if draw < 0.6 else words if draw < 0.8 else self.chance.choice(phrases).format(name)
+            yield self._asked("ident", text, self.names[name])
+
+    def _path(self):
+        paths = [path for path in self.texts if "/" in path and len(pathlib.PurePath(path).stem) >= 4
+                 and pathlib.PurePath(path).stem not in ("__init__", "README", "conftest", "index")]
+        self.chance.shuffle(paths)
+        makers = (lambda parts, stem, words: "/".join(parts[-2:]), lambda parts, stem, words: f"{parts[-2]} {words}",
+                  lambda parts, stem, words: parts[-1], lambda parts, stem, words: f"{parts[-2]}/{stem}")
+        fits: dict[tuple[int, str], set[str]] = collections.defaultdict(set)
+        for at, path in itertools.product(range(4), paths):
+            fits[at, self._fragment(makers[at], path)].add(path)
+        for path in paths:
+            at = self.chance.randrange(4)
+            text = self._fragment(makers[at], path)
+            if len(fits[at, text]) <= 3:
+                yield self._asked("path", text, fits[at, text])
+
+    @staticmethod
+    def _fragment(maker, path: str) -> str:
+        parts = path.split("/")
+        stem = parts[-1].rpartition(".")[0] or parts[-1]
+        return maker(parts, stem, " ".join(re.findall(r"[A-Za-z0-9]+", stem)).lower())
+
+    def _commits(self):
+        log = subprocess.run(["git", "-C", str(self.root), "log", "--no-merges", "-n", "4000", "--name-only",
+                              "--format=%x01%s"], capture_output=True).stdout.decode("utf-8", "replace")
+        found = []
+        for entry in log.split("\x01")[1:]:
+            subject, _, names = entry.partition("\n")
+            paths = {name for name in names.split("\n") if name}
+            subject = re.sub(r"\(#\d+\)|#\d+", "", subject).strip()
+            words = [word for word in re.findall(r"\w+", subject) if word.lower() not in _STOP]
+            if 1 <= len(paths) <= 2 and paths & self.texts.keys() and len(words) >= 3 and "bump" not in subject.lower():
+                found.append((subject, paths))
+        self.chance.shuffle(found)
+        return (self._asked("commit", subject, paths) for subject, paths in found)
+
+
+def search_quality(asked: list[Asked], answer) -> dict[str, tuple[float, float, int]]:
+    """{kind: (MRR@10, recall@10, how many)}; `answer` gives the paths for a text, the best first."""
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    for one in asked:
+        at = next((at for at, path in enumerate(answer(one.text)[:10], 1) if path in one.paths), 0)
+        found[one.kind].append(1 / at if at else 0.0)
+        found["all"].append(1 / at if at else 0.0)
+    return {kind: (sum(ranks) / len(ranks), sum(map(bool, ranks)) / len(ranks), len(ranks))
+            for kind, ranks in found.items()}
+
+
+# -- figures ------------------------------------------------------------------
+
+
+def make_big_repository(repo: pathlib.Path, files: int, seed: int = 1) -> pathlib.Path:
+    """A checkout of as many files of 7 kB, Python and Markdown, with words as frequent as in a language."""
+    chance = random.Random(seed)
+    syllables = [first + second for first in "bcdfghklmnprstvz" for second in ("a", "e", "i", "o", "u", "an", "er", "il")]
+    words = ["".join(chance.choices(syllables, k=chance.randint(2, 4))) for _ in range(30_000)]
+    weights = list(itertools.accumulate(1 / rank for rank in range(1, len(words) + 1)))
+    for number in range(files):
+        stem = "_".join(chance.choices(words, k=2))
+        rows = [" ".join(chance.choices(words, cum_weights=weights, k=12)) for _ in range(75)]
+        if number % 3:
+            rows = [f"# {row}" if at % 8 else f"def {row.replace(' ', '_')[:40]}():\n    return {at}"
+                    for at, row in enumerate(rows)]
+        else:
+            rows[::15] = [f"## {row}\n" for row in rows[::15]]
+        path = repo / f"pkg{number % 97}/sub{number % 13}" / f"{stem}_{number}{'.py' if number % 3 else '.md'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(rows) + "\n")
+    git(repo, "init", "--quiet")
+    git(repo, "add", ".")
+    git(repo, "commit", "--quiet", "-m", "start")
+    return repo
+
+
+class LagMeter(threading.Thread):
+    """Asks /healthz on one connection without a pause; `worst_ms` is the longest answer."""
+
+    def __init__(self, port: int):
+        super().__init__(daemon=True)
+        self.worst_ms, self.times, self.is_over = 0.0, [], False
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+
+    def run(self) -> None:
+        while not self.is_over:
+            begun_s = time.perf_counter()
+            self.connection.request("GET", "/healthz")
+            self.connection.getresponse().read()
+            self.times.append((time.perf_counter() - begun_s) * 1e3)
+            time.sleep(0.002)
+
+
+def quantiles(values: list[float]) -> str:
+    """Median, 99th percentile and the greatest, as milliseconds."""
+    ranked = sorted(values)
+    return f"p50 {ranked[len(ranked) // 2]:6.2f}   p99 {ranked[-max(1, len(ranked) // 100)]:6.2f}   max {ranked[-1]:6.2f} ms"
+
+
+def ask_searches(server: Server, texts: list[str]) -> tuple[list[float], dict[str, list[str]]]:
+    """(times in ms, paths by text) of searches on one connection."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    times, found = [], {}
+    for text in texts:
+        body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+            "name": "search", "arguments": {"query": text, "limit": 10}}})
+        begun_s = time.perf_counter()
+        connection.request("POST", "/mcp", body, {"Content-Type": "application/json"})
+        document = json.loads(connection.getresponse().read())
+        times.append((time.perf_counter() - begun_s) * 1e3)
+        found[text] = [hit["path"] for hit in document["result"]["structuredContent"]["hits"] if hit["path"]]
+    return times, found
+
+
+def time_grep(repo: pathlib.Path, texts: list[str]) -> tuple[str, float]:
+    """The peer and its median time in ms for one pass over the files for all words of a query."""
+    program = shutil.which("rg")
+    times = []
+    for text in texts:
+        words = [word for word in re.findall(r"\w+", text)][:6]
+        patterns = [part for word in words for part in ("-e", word)]
+        command = ["rg", "-c", "-i", "-F", *patterns, "."] if program else ["git", "grep", "-c", "-i", "-F", *patterns]
+        begun_s = time.perf_counter()
+        subprocess.run(command, cwd=repo, capture_output=True, check=False)
+        times.append((time.perf_counter() - begun_s) * 1e3)
+    return "ripgrep" if program else "git grep", sorted(times)[len(times) // 2]
+
+
+def bench_build(server: Server, begun_s: float) -> None:
+    """Print how soon paths are answered, how long the build takes, and what it does to the loop."""
+    first_s = None
+    meter = LagMeter(server.port)
+    meter.start()
+    idle = list(meter.times)
+    while (indexed := server.request("GET", "/readyz").json["indexed"])["state"] != "ready":
+        if first_s is None and server.call("search", query="sub")["ids"]:
+            first_s = time.perf_counter() - begun_s
+        time.sleep(0.05)
+    ready_s = time.perf_counter() - begun_s
+    meter.is_over = True
+    meter.join()
+    built = re.search(r"index: (\d+) files in ([\d.]+) s", server.stderr)
+    print(f"  first answer by path            {first_s or ready_s:8.2f} s after the start of the process")
+    print(f"  build of {built[1] if built else indexed['files']:>7} files           {float(built[2]) if built else 0:8.2f} s, "
+          f"ready {ready_s:.2f} s after the start")
+    print(f"  /healthz during the build        {quantiles(meter.times[len(idle):])}")
+
+
+def bench_search(folder: pathlib.Path, path: str | None = None, files: int = 25_000, queries: int = 300) -> None:
+    """Print the figures of searching a repository: its own queries with known answers, or generated ones."""
+    if path is None:
+        make_big_repository(folder / "repo", files)
+    repo = pathlib.Path(path) if path else folder / "repo"
+    asked = Searchset(repo).sample(queries / 700)
+    settings = {"LUKHAS_REPO_ROOT": str(repo), "LUKHAS_MCP_DB": str(folder / "bench.db"),
+                "MCP_STATE_PATH": str(folder / "bench.json")}
+    server = Server(folder, settings)
+    begun_s = time.perf_counter()
+    server.start()
+    idle_kib = read_memory_kib(server.process.pid)
+    try:
+        bench_build(server, begun_s)
+        text_bytes = sum(len(text.encode("utf-8", "replace")) for text in Searchset(repo).texts.values())
+        index = next((folder / "state").rglob("index-*.db"))
+        print(f"  index                            {index.stat().st_size / 2**20:8.1f} MiB of {text_bytes / 2**20:.1f} MiB "
+              f"text, ratio {index.stat().st_size / text_bytes:.2f}")
+        texts = [one.text for one in asked]
+        ask_searches(server, texts[:20])
+        times, found = ask_searches(server, texts)
+        peer, peer_ms = time_grep(repo, random.Random(1).sample(texts, min(7, len(texts))))
+        p50_ms = sorted(times)[len(times) // 2]
+        print(f"  search over HTTP, {len(times)} queries    {quantiles(times)}\n"
+              f"  one pass of {peer:<10}           p50 {peer_ms:6.1f} ms, ratio {peer_ms / p50_ms:.0f}")
+        grown_kib = read_memory_kib(server.process.pid) - idle_kib
+        kept_kib = sum(map(read_memory_kib, indexers_of(server.process.pid)))
+        print(f"  memory                           {grown_kib / 1024:8.1f} MiB more than at the start, "
+              f"and {kept_kib / 1024:.1f} MiB of the indexer")
+        for kind, (mrr, recall, count) in search_quality(asked, lambda text: found[text]).items():
+            print(f"  {kind:<8} MRR@10 {mrr:.3f}   recall@10 {recall:.3f}   ({count} queries)")
+    finally:
+        server.stop()
+
+
+def read_memory_kib(process_id: int) -> int:
+    """Resident memory of a process."""
+    return int(subprocess.run(["ps", "-o", "rss=", "-p", str(process_id)], capture_output=True, text=True).stdout or 0)
+
+
+def benchsearch_main(argv: list[str]) -> int:
+    """Print the figures of searching: of a checkout, or of a repository that is made for it."""
+    parser = argparse.ArgumentParser(prog="test_lukhas_mcp.py benchsearch", description=benchsearch_main.__doc__)
+    parser.add_argument("path", nargs="?", help="a git checkout; default: one is generated")
+    parser.add_argument("--files", type=int, default=25_000, help="how many files are generated")
+    parser.add_argument("--queries", type=int, default=300, help="how many queries are asked")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        bench_search(pathlib.Path(folder), options.path, options.files, options.queries)
+    return 0
+
+
+# ==============================================================================
+# 88. Bench -- figures beside a bare peer in the same run: `python3 test_lukhas_mcp.py bench`
 # uses: Front, Fakes
 # ==============================================================================
 # Nothing here is asserted: a figure of a busy machine is no verdict. Each throughput stands beside
@@ -10388,7 +19252,7 @@ def bench_main(argv: list[str]) -> int:
 
 
 # ==============================================================================
-# 38. Misuse -- bad input and bad days: a clear error each, and nothing lost or half written
+# 89. Misuse -- bad input and bad days: a clear error each, and nothing lost or half written
 # uses: Front, Fakes, Package
 # ==============================================================================
 # Against real processes: wrong keys, wrong bytes, wrong types, unknown ids, paths that lead out, a
@@ -10412,10 +19276,10 @@ def promoted_models(database: pathlib.Path) -> set[str]:
 
 
 def assert_whole(server: Server) -> None:
-    """The audit chain of a server's database is whole, and SQLite finds no fault in the file."""
+    """The audit chain of a server's database is whole (exit 3), and SQLite finds no fault in the file."""
     found = subprocess.run([*python_command(), str(PROGRAM), "verify", str(server.db)], env=clean_environ(),
                            capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout + found.stderr
+    assert found.returncode == 3, found.stdout + found.stderr  # whole; truncation not excluded
     with contextlib.closing(sqlite3.connect(server.db)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
@@ -10443,17 +19307,21 @@ def refusal_of_start(folder: pathlib.Path, *arguments: str, **settings: Any) -> 
     return lines[0]
 
 
-GUARDED = [("POST", "/mcp"), ("GET", "/mcp"), ("GET", "/sse?topic=jobs"), ("POST", "/observe"), ("GET", "/metrics")]
+GUARDED = [("POST", "/mcp"), ("GET", "/mcp"), ("GET", "/sse?topic=jobs"), ("POST", "/observe"),
+           ("GET", "/metrics")]
 WRONG_BODIES = [
-    (b"", -32700, -32600), (b"{", -32700), (b"\xff\xfe", -32700), (b'{"jsonrpc":"2.0","id":1,"method":', -32700), (b"[]", -32600),
-    (b"[" * 5000 + b"]" * 5000, -32700), (b'"text"', -32600), (b"3", -32600), (b"null", -32600), (b"NaN", -32700),
+    (b"", -32700, -32600), (b"{", -32700), (b"\xff\xfe", -32700),
+    (b'{"jsonrpc":"2.0","id":1,"method":', -32700), (b"[]", -32600),
+    (b"[" * 5000 + b"]" * 5000, -32700), (b'"text"', -32600), (b"3", -32600), (b"null", -32600),
+    (b"NaN", -32700),
     (b'{"jsonrpc":"2.0","id":1}', -32600), (b'{"jsonrpc":"2.0","id":true,"method":"ping"}', -32600),
     (b'{"jsonrpc":"2.0","id":1,"method":7}', -32600), (b'{"jsonrpc":"2.0","id":1,"method":"nope"}', -32601),
     (b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":[1]}', -32602),
     (b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":["x"]}}', -32602),
     (b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"status","arguments":[1]}}', -32602),
     (b'{"jsonrpc":"2.0","id":' + b"9" * 40 + b',"method":"ping"}', -32700)]
-LEADING_OUT = ["../o.txt", "docs/../../o.txt", "/etc/passwd", "link/o.txt", "../repo-sibling/s.txt", ".git/config", ".GIT/config",
+LEADING_OUT = ["../o.txt", "docs/../../o.txt", "/etc/passwd", "link/o.txt", "../repo-sibling/s.txt",
+               ".git/config", ".GIT/config",
                ".mcp-state.db", ".env", "a\x00b", "~/x", ".", ""]
 FILE_CALLS: dict[str, Callable[[str], dict[str, Any]]] = {
     "write_file": lambda path: {"path": path, "contents": "x", "overwrite": True},
@@ -10481,13 +19349,16 @@ class TestKeysMisused:
         server = make_server(LUKHAS_MCP_API_KEYS="ops:operator:right-secret")
         body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
             "name": "promote_model", "arguments": {"modelId": "m", "gate": "stage"}}})
-        wrong = [{}, {"X-API-Key": "wrong"}, {"X-API-Key": ""}, {"X-API-Key": "right-secre"}, {"X-API-Key": "ñ"},
+        wrong = [{}, {"X-API-Key": "wrong"}, {"X-API-Key": ""}, {"X-API-Key": "right-secre"},
+                 {"X-API-Key": "ñ"},
                  {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}, {"X-API-Key": "ops"}]
         for method, path in GUARDED:
             for headers in wrong:
-                headers = {name: value.encode() for name, value in headers.items()} | {"Content-Type": "application/json"}
+                headers = {name: value.encode()
+                           for name, value in headers.items()} | {"Content-Type": "application/json"}
                 answer = server.request(method, path, body if method == "POST" else None, headers)
-                assert answer.status == 401 and "www-authenticate" in answer.headers, (method, path, headers, answer)
+                assert answer.status == 401 and "www-authenticate" in answer.headers, (method, path, headers,
+                    answer)
                 assert str(server.repo) not in answer.text
         assert server.request("GET", "/sse?topic=jobs&key=wrong-in-url").status == 401
         server.key = "right-secret"
@@ -10496,11 +19367,22 @@ class TestKeysMisused:
         for secret in ("right-secret", "wrong-in-url", "right-secre"):
             assert secret not in server.stderr + server.stdout
 
-    def test_a_key_with_too_small_a_role_is_told_which_it_needs(self, make_server: Callable[..., Server]) -> None:
+    def test_a_refused_key_is_on_the_record(self, make_server: Callable[..., Server]) -> None:
+        server = make_server(LUKHAS_MCP_API_KEYS="ops:operator:right-secret")
+        for method, path in GUARDED:
+            assert server.request(method, path, headers={"X-API-Key": "wrong-secret"}).status == 401
+        server.stop()
+        with contextlib.closing(sqlite3.connect(server.db)) as connection:
+            rows = connection.execute("SELECT actor, action, payload_json FROM audits").fetchall()
+        assert any("refused" in payload and "127.0.0.1" in payload for _, _, payload in rows), rows
+        assert "wrong-secret" not in str(rows)
+
+    def test_a_key_with_too_small_a_role_is_told_which_it_needs(self,
+            make_server: Callable[..., Server]) -> None:
         server = make_server(LUKHAS_MCP_API_KEYS="v:viewer:looking,r:reporter:pushing", key="looking")
         text = server.call_error("promote_model", modelId="m", gate="stage")
         assert "operator" in text and "viewer" in text, text
-        assert server.call("gate_status", gate="stage")["holder"] is None
+        assert promoted_models(server.db) == set()
         server.key = "pushing"
         assert "viewer" in server.call_error("list_jobs")
         assert server.call("observe", gate="g", modelId="m", latency_ms=[1.0], errors=0)["accepted"] >= 1
@@ -10514,9 +19396,11 @@ class TestBytesMisused:
     def test_a_wrong_body_has_its_code(self, server: Server, body: bytes, codes: tuple[int, ...]) -> None:
         answer = server.request("POST", "/mcp", body, {"Content-Type": "application/json"})
         document = answer.json
-        assert answer.status in (200, 400) and document["error"]["code"] in codes and document["error"]["message"], document
+        assert answer.status in (200, 400), answer
+        assert document["error"]["code"] in codes and document["error"]["message"], document
 
-    def test_wrong_types_are_told_by_name_and_change_nothing(self, make_server: Callable[..., Server]) -> None:
+    def test_wrong_types_are_told_by_name_and_change_nothing(self,
+            make_server: Callable[..., Server]) -> None:
         server = make_server()
         before, tried = tree_of(server.folder), 0
         for one in lm.TOOLS.values():
@@ -10531,7 +19415,8 @@ class TestBytesMisused:
         assert server.call("list_jobs")["jobs"] == [] and server.call("list_canaries")["canaries"] == []
 
     @pytest.mark.parametrize(("tool", "argument"), [
-        ("status", "jobId"), ("cancel_job", "jobId"), ("canary_status", "canaryId"), ("abort_canary", "canaryId")])
+        ("status", "jobId"), ("cancel_job", "jobId"), ("canary_status", "canaryId"),
+        ("abort_canary", "canaryId")])
     def test_an_unknown_id_is_named(self, server: Server, tool: str, argument: str) -> None:
         assert "nothing-has-this-id" in server.call_error(tool, **{argument: "nothing-has-this-id"})
 
@@ -10539,7 +19424,7 @@ class TestBytesMisused:
         started = server.call("run_eval", taskId="no-such-task", configId="c")
         done = server.wait_for("status", jobId=started["jobId"])
         assert done["status"] == "FAILED" and done["result"] is None, done
-        assert "no-such-task" in done["reason"] and "probe" in done["reason"] and "stress-test" in done["reason"], done
+        assert all(name in done["reason"] for name in ("no-such-task", "probe", "stress-test")), done
 
     def test_no_path_leads_out_of_the_repository(self, make_server: Callable[..., Server]) -> None:
         server = make_server()
@@ -10556,7 +19441,8 @@ class TestBytesMisused:
         server = make_server()
         body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
             "name": "promote_model", "arguments": {"modelId": "left", "gate": "stage"}}}).encode()
-        head = b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        head = (b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n")
         whole = head % len(body) + body
         stream = b"GET /sse?topic=* HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n"
         handles = pathlib.Path(f"/proc/{server.process.pid}/fd")
@@ -10565,10 +19451,12 @@ class TestBytesMisused:
         for data in (whole[:20], whole[:-1], head % len(body), b"\x00\xff" * 100, stream, stream[:30]):
             reset(send_raw(server, data))
             send_raw(server, data).close()
-        assert server.call("why", id="left") == "No audit narrative found for: left"  # a cut request did nothing
+        # a request that was cut did nothing
+        assert server.call("why", id="left") == "No audit narrative found for: left"
         for leave in (reset, socket.socket.close):
             leave(send_raw(server, whole))
-        wait_until(lambda: "left" in promoted_models(server.db), what="the whole request, though its client left")
+        wait_until(lambda: "left" in promoted_models(server.db),
+                   what="the whole request, though its client left")
         with server.sse("models") as watching:
             watching.until_event("open")
             server.call("promote_model", modelId="after", gate="stage")
@@ -10603,7 +19491,8 @@ class TestDatabaseMisused:
         assert before is None or path.read_bytes() == before
         assert [one.name for one in tmp_path.glob("given.db?*")] == []
 
-    def test_a_locked_database_is_told_and_nothing_is_half_written(self, make_server: Callable[..., Server]) -> None:
+    def test_a_locked_database_is_told_and_nothing_is_half_written(self,
+            make_server: Callable[..., Server]) -> None:
         server = make_server()
         with contextlib.closing(sqlite3.connect(server.db, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
@@ -10619,9 +19508,11 @@ class TestDatabaseMisused:
         assert promoted_models(server.db) == {"free"}
         assert_whole(server)
 
-    def test_what_was_acknowledged_before_the_disk_was_full_is_there(self, make_server: Callable[..., Server]) -> None:
+    def test_what_was_acknowledged_before_the_disk_was_full_is_there(self,
+            make_server: Callable[..., Server]) -> None:
         limit_bytes = 1 << 20
-        server = make_server(popen={"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))})
+        server = make_server(popen={"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE,
+            (limit_bytes, limit_bytes))})
         text = server.call_error("write_file", path="docs/big.txt", contents="x" * (limit_bytes + 4096))
         assert "docs/big.txt" in text or "full" in text or "large" in text, text
         assert sorted(path.name for path in (server.repo / "docs").iterdir()) == ["guide.md"]
@@ -10634,7 +19525,9 @@ class TestDatabaseMisused:
         assert not all(found.values()) and acknowledged, "the limit was never reached"
         text = server.call_error("promote_model", modelId="too-late", gate="stage")
         assert "can't commit" in text and "nothing was changed" in text, text
-        assert server.request("GET", "/readyz").status == 503
+        # a smaller commit, as of a refusal, may still find room and make it ready again for a moment
+        wait_until(lambda: promotions(server, ["too-late"]) == {"too-late": False}
+                   and server.request("GET", "/readyz").status == 503, what="readiness that tells of it")
         server.kill()
         server.popen = {}
         server.restart()
@@ -10643,11 +19536,14 @@ class TestDatabaseMisused:
         server.stop()
         assert_whole(server)
 
-    @pytest.mark.skipif(not sys.platform.startswith("linux") or os.getuid() != 0, reason="needs root to mount a small disk")
-    def test_a_disk_that_is_really_full(self, make_server: Callable[..., Server], tmp_path: pathlib.Path) -> None:
+    @pytest.mark.skipif(not sys.platform.startswith("linux") or os.getuid() != 0,
+                        reason="needs root to mount a small disk")
+    def test_a_disk_that_is_really_full(self, make_server: Callable[..., Server],
+                                        tmp_path: pathlib.Path) -> None:
         disk = tmp_path / "disk"
         disk.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True).returncode:
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)],
+                          capture_output=True).returncode:
             pytest.skip("mounting is not allowed here")
         try:
             server = make_server(folder=disk)
@@ -10661,7 +19557,8 @@ class TestDatabaseMisused:
             assert not all(found.values())
             (disk / "filler").unlink()
             assert server.call("promote_model", modelId="room-again", gate="stage")["changed"] is True
-            wait_until(lambda: server.request("GET", "/readyz").status == 200, what="readiness with room again")
+            wait_until(lambda: server.request("GET", "/readyz").status == 200,
+                       what="readiness with room again")
             server.stop()
             assert {name for name, is_done in found.items() if is_done} <= promoted_models(server.db)
             assert_whole(server)
@@ -10698,36 +19595,45 @@ class TestStartMisused:
         assert str(taken.port) in line and "PORT" in line, line
 
     @pytest.mark.parametrize(("variable", "value", "word"), [
-        ("LUKHAS_REPO_ROOT", "/no/such/folder", "folder"), ("PORT", "eighty", "0 to 65535"), ("PORT", "70000", "65535"),
-        ("HOST", "no.such.host.invalid", "HOST"), ("LUKHAS_MCP_READ_ONLY", "maybe", "0 or 1"), ("MCP_RL_BUCKET", "-1", "from 0"),
+        ("LUKHAS_REPO_ROOT", "/no/such/folder", "folder"), ("PORT", "eighty", "0 to 65535"),
+        ("PORT", "70000", "65535"),
+        ("HOST", "no.such.host.invalid", "HOST"), ("LUKHAS_MCP_READ_ONLY", "maybe", "0 or 1"),
+        ("MCP_RL_BUCKET", "-1", "from 0"),
         ("LUKHAS_MCP_SLO", "guess", "embedded"), ("PROM_URL", "prometheus:9090", "http://"),
-        ("LUKHAS_MCP_API_KEYS", "ops:admin:", "LUKHAS_MCP_API_KEYS"), ("LUKHAS_MCP_API_KEYS_FILE", "/no/such/keys", "/no/such/keys"),
+        ("LUKHAS_MCP_API_KEYS", "ops:admin:", "LUKHAS_MCP_API_KEYS"),
+        ("LUKHAS_MCP_API_KEYS_FILE", "/no/such/keys", "/no/such/keys"),
         ("LUKHAS_MCP_CONFIG", "/no/such/lukhas.toml", "/no/such/lukhas.toml"),
         ("LUKHAS_MCP_TLS_CERT", "/no/such/cert.pem", "LUKHAS_MCP_TLS_KEY")])
-    def test_a_setting_that_is_wrong(self, tmp_path: pathlib.Path, variable: str, value: str, word: str) -> None:
+    def test_a_setting_that_is_wrong(self, tmp_path: pathlib.Path, variable: str, value: str,
+                                     word: str) -> None:
         settings = {variable: value} | ({"LUKHAS_MCP_API_KEYS": "k"} if variable == "HOST" else {})
         line = refusal_of_start(tmp_path, **settings)
         assert variable in line and word in line, line
 
-    @pytest.mark.parametrize("text", ["[tasks", "[tasks.x]\n", "[tasks.x]\ncommand = 3\n", "[gates.g]\nmax_latency = 3\n",
+    @pytest.mark.parametrize("text", ["[tasks", "[tasks.x]\n", "[tasks.x]\ncommand = 3\n",
+                                      "[gates.g]\nmax_latency = 3\n",
                                       "[defaults]\nonStart = 'nobody'\n", "[surprise]\n"])
     def test_a_plan_that_is_wrong(self, tmp_path: pathlib.Path, text: str) -> None:
         make_repository(tmp_path)
         (tmp_path / "repo/lukhas.toml").write_text(text)
         assert "lukhas.toml" in refusal_of_start(tmp_path)
 
-    def test_a_misspelt_variable_is_a_warning_that_names_the_right_one(self, make_server: Callable[..., Server]) -> None:
+    def test_a_misspelt_variable_is_a_warning_that_names_the_right_one(self,
+            make_server: Callable[..., Server]) -> None:
         server = make_server(LUKHAS_MCP_REED_ONLY="1")
-        assert "LUKHAS_MCP_REED_ONLY" in server.stderr and "LUKHAS_MCP_READ_ONLY" in server.stderr, server.stderr
+        for name in ("LUKHAS_MCP_REED_ONLY", "LUKHAS_MCP_READ_ONLY"):
+            assert name in server.stderr, server.stderr
 
-    def test_without_git_home_and_name_it_serves(self, make_server: Callable[..., Server], tmp_path: pathlib.Path) -> None:
+    def test_without_git_home_and_name_it_serves(self, make_server: Callable[..., Server],
+            tmp_path: pathlib.Path) -> None:
         server = make_server(PATH=tmp_path, HOME=None, XDG_STATE_HOME=None, USER=None, LOGNAME=None)
         assert server.call("write_file", path="docs/x.txt", contents="x")["size"] == 1
         assert "LUKHAS_MCP_STATE_DIR" in server.stderr + server.stdout, server.stderr
 
     @pytest.mark.skipif(os.getuid() != 0, reason="needs root to become somebody without a name")
     def test_a_read_only_repository_and_a_user_without_a_name(self, tmp_path: pathlib.Path) -> None:
-        python = next((path for path in (sys.executable, "/usr/bin/python3") if is_reachable(path, 54321)), None)
+        python = next((path for path in (sys.executable, "/usr/bin/python3") if is_reachable(path, 54321)),
+                      None)
         if python is None:
             (pytest.fail if IS_CI else pytest.skip)("no interpreter that another user can run")
         with tempfile.TemporaryDirectory(prefix="readonly-") as place:
@@ -10737,7 +19643,8 @@ class TestStartMisused:
             os.chown(folder / "state", 54321, 54321)
             (folder / "program").mkdir()
             program = shutil.copy(PROGRAM, folder / "program")
-            server = Server(folder, {"HOME": None}, command=[python], popen={"user": 54321, "group": 54321, "extra_groups": []},
+            server = Server(folder, {"HOME": None}, command=[python],
+                            popen={"user": 54321, "group": 54321, "extra_groups": []},
                             program=pathlib.Path(program)).start()
             try:
                 assert "read-only" in server.stderr + server.stdout
@@ -10753,32 +19660,1247 @@ class TestPrometheusMisused:
     """No samples: the conservative values, never a promotion."""
 
     @pytest.mark.parametrize("address", ["http://127.0.0.1:{port}", "http://no.such.host.invalid:9090"])
-    def test_a_canary_without_prometheus_is_rolled_back(self, make_server: Callable[..., Server], address: str) -> None:
+    def test_a_canary_without_prometheus_is_rolled_back(self, make_server: Callable[..., Server],
+            address: str) -> None:
         server = make_server(PROM_URL=address.format(port=free_port()), PROM_TIMEOUT_MS=500)
         started = server.call("start_canary", modelId="m", fromGate="stage", toGate="prod", policy={
-            "windowSeconds": 20, "intervalSeconds": 1, "targets": {"latency_p95_ms": 250, "max_error_rate": 0.01}})
+            "windowSeconds": 20, "intervalSeconds": 1,
+            "targets": {"latency_p95_ms": 250, "max_error_rate": 0.01}})
         with server.sse(f"canary/{started['canaryId']}") as stream:
             frames = stream.until(lambda frame: frame.event in ("rolled_back", "promoted", "failed"), 30)
         metrics = [frame.json for frame in frames if frame.event == "metric"]
         assert metrics and all((one["latency_p95_ms"], one["error_rate"], one["source"], one["asked"]) ==
-                               (9999, 1.0, "conservative", "prometheus") and one["missing"] for one in metrics), metrics
+                               (9999, 1.0, "conservative", "prometheus") and one["missing"]
+                               for one in metrics), metrics
         assert frames[-1].event == "rolled_back" and frames[-1].json["status"] == "ROLLED_BACK"
-        assert "prod" not in server.call("promote_model", modelId="m", gate="stage", dryRun=True)["currentGates"]
+        assert "prod" not in server.call("promote_model", modelId="m", gate="stage",
+                                         dryRun=True)["currentGates"]
         assert "action=canary_rollback" in server.call("why", id=started["canaryId"])
 
 
 # ==============================================================================
-# 39. Main -- what the command line means
+# 90. Conformance -- the official suite, strict, on a server with its fixtures and on the real one
+# uses: Front, Fakes
+# ==============================================================================
+# The suite wants tools, resources and prompts of its own. They are declared by the decorators that
+# the product uses, by `declare_fixtures`, which only `serve-conformance` calls: a process of its own,
+# so that no test and no product ever lists them. npm packages lie in the user's cache.
+
+
+SUITE = "@modelcontextprotocol/conformance"
+NPM_PACKAGES = {SUITE: "0.2.0-alpha.12", "node": "22", "@modelcontextprotocol/inspector": "2.12.0",
+                "@modelcontextprotocol/client": "2.4.0", "@modelcontextprotocol/sdk": "1.32.2"}
+PNG = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+WAV = base64.b64encode(b"RIFF$\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0@\x1f\0\0\x80>\0\0\2\0\x10\0data\0\0\0\0").decode()
+
+
+@contextlib.contextmanager
+def npm_lock(folder: pathlib.Path):
+    """One installation at a time."""
+    import fcntl
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def npm_folder() -> pathlib.Path:
+    """The folder with the npm packages of these tests, installed once; skips without npm, fails in CI."""
+    npm = require("npm")
+    wanted = json.dumps({"name": "lukhas-mcp-tests", "private": True, "dependencies": NPM_PACKAGES})
+    folder = find_environment([wanted]).with_name("npm-" + find_environment([wanted]).name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with npm_lock(folder):
+        if not (folder / "complete").exists():
+            (folder / "package.json").write_text(wanted)
+            done = subprocess.run([npm, "install", "--no-audit", "--no-fund", "--loglevel=error"], cwd=folder,
+                                  capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                (pytest.fail if IS_CI else pytest.skip)(f"npm install failed: {done.stderr[-500:]}")
+            (folder / "complete").touch()
+    return folder
+
+
+def run_node(folder: pathlib.Path, *words: str, home: pathlib.Path, timeout_s: float = 120.0,
+             stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a JavaScript file with the packages' own Node, with a home of its own."""
+    node = folder / "node_modules" / "node" / "bin" / "node"
+    environ = {**os.environ, "HOME": str(home), "NO_COLOR": "1"}
+    return subprocess.run([str(node), *words], cwd=folder, env=environ, capture_output=True, text=True,
+                          timeout=timeout_s, input=stdin)
+
+
+# -- the fixtures -------------------------------------------------------------
+
+
+class Errands:
+    """Works of the fixtures: each one a coroutine in memory that may ask its client."""
+
+    kind = "errand"
+    key = "errandId"
+
+    def __init__(self) -> None:
+        self.known: dict[str, Errand] = {}
+
+    def begin(self, call: lm.Call, run: Callable[[Errand], Awaitable[lm.ToolResult]]) -> dict[str, Any]:
+        """Start one; the document that names it."""
+        errand = Errand(call.principal.name)
+        errand_id = lm.new_id("errand")
+        self.known[errand_id] = errand
+        errand.task = asyncio.create_task(errand.perform(run))
+        return {"errandId": errand_id}
+
+    def find(self, services: lm.Services, work_id: str) -> lm.WorkState | None:
+        """How one stands."""
+        errand = self.known.get(work_id)
+        if errand is None:
+            return None
+        asked = {key: request for key, request in errand.asked.items() if key not in errand.answers}
+        status = "input_required" if errand.status == "working" and asked else errand.status
+        return lm.WorkState(work_id, errand.owner, status, errand.started_at, lm.utc_text(errand.clock.now_s()),
+                            result=errand.result, error=errand.error, requests=asked)
+
+    async def cancel(self, services: lm.Services, work_id: str, actor: lm.Actor) -> None:
+        """Stop one."""
+        self.known[work_id].task.cancel()
+        await asyncio.wait([self.known[work_id].task])
+
+    async def take(self, services: lm.Services, work_id: str, answers: Mapping[str, Any], actor: lm.Actor) -> None:
+        """Take answers to what was asked."""
+        errand = self.known[work_id]
+        errand.answers |= {key: answers[key] for key in errand.asked if key in answers}
+        errand.news.set()
+
+
+class Errand:
+    """One work of the fixtures."""
+
+    def __init__(self, owner: str) -> None:
+        self.owner, self.status, self.clock = owner, "working", lm.SystemClock()
+        self.started_at = lm.utc_text(self.clock.now_s())
+        self.asked: dict[str, Any] = {}
+        self.answers: dict[str, Any] = {}
+        self.news = asyncio.Event()
+        self.result: Any = None
+        self.error: dict[str, Any] | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    async def perform(self, run: Callable[[Errand], Awaitable[lm.ToolResult]]) -> None:
+        """Run it to its end."""
+        try:
+            self.result = await run(self)
+            self.status = "completed"
+        except asyncio.CancelledError:
+            self.status = "cancelled"
+        except lm.LukhasError as error:
+            self.status, self.error = "failed", {"code": error.code, "message": error.message}
+
+    async def ask(self, **requests: dict[str, Any]) -> dict[str, Any]:
+        """Wait for all answers."""
+        self.asked = requests
+        while not requests.keys() <= self.answers.keys():
+            self.news.clear()
+            await self.news.wait()
+        return self.answers
+
+
+def text_result(text: str, *, is_error: bool = False) -> lm.ToolResult:
+    """A result of one text block."""
+    return lm.ToolResult(None, is_error=is_error, content=[{"type": "text", "text": text}])
+
+
+def declare_fixtures() -> None:
+    """Declare what the suite asks for, in the order of its own documentation."""
+    declare_plain_tools()
+    declare_talking_tools()
+    declare_asking_tools()
+    declare_work_tools()
+    declare_resources()
+    declare_prompts()
+
+
+def fixture(name: str, arguments: dict[str, Any] | None = None, **more: Any) -> Callable[[Any], Any]:
+    """The product's `@tool`, with a title made of the name and a docstring where the fixture has none."""
+    def declare(handler: Any) -> Any:
+        handler.__doc__ = handler.__doc__ or f"The suite's fixture {name}."
+        return lm.tool(name, title=name.replace("_", " "), arguments=arguments or lm.shape(), **more)(handler)
+    return declare
+
+
+def blocks_tool(name: str, *blocks: dict[str, Any], is_error: bool = False) -> None:
+    """A tool that always answers the same blocks."""
+    @fixture(name)
+    async def tool_blocks(services: lm.Services, call: lm.Call) -> lm.ToolResult:
+        return lm.ToolResult(None, is_error=is_error, content=list(blocks))
+
+
+def declare_plain_tools() -> None:
+    """Tools that answer at once."""
+    image = {"type": "image", "data": PNG, "mimeType": "image/png"}
+    blocks_tool("test_simple_text", {"type": "text", "text": "This is a simple text response for testing."})
+    blocks_tool("test_image_content", image)
+    blocks_tool("test_audio_content", {"type": "audio", "data": WAV, "mimeType": "audio/wav"})
+    blocks_tool("test_embedded_resource", {"type": "resource", "resource": {
+        "uri": "test://embedded-resource", "mimeType": "text/plain", "text": "This is an embedded resource content."}})
+    blocks_tool("test_multiple_content_types", {"type": "text", "text": "Multiple content types test:"}, image,
+                {"type": "resource", "resource": {"uri": "test://mixed-content-resource",
+                                                  "mimeType": "application/json", "text": '{"test":"data","value":123}'}})
+    blocks_tool("test_error_handling", {"type": "text", "text": "This tool intentionally returns an error"}, is_error=True)
+
+    @fixture("json_schema_2020_12_tool", {
+        "$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object",
+        "$defs": {"address": {"$anchor": "addressDef", "type": "object", "properties": {
+            "street": {"type": "string"}, "city": {"type": "string"}}}},
+        "properties": {"name": {"type": "string"}, "address": {"$ref": "#/$defs/address"},
+                       "contactMethod": {"type": "string", "enum": ["phone", "email"]},
+                       "phone": {"type": "string"}, "email": {"type": "string"}},
+        "allOf": [{"anyOf": [{"required": ["phone"]}, {"required": ["email"]}]}],
+        "if": {"properties": {"contactMethod": {"const": "phone"}}, "required": ["contactMethod"]},
+        "then": {"required": ["phone"]}, "else": {"required": ["email"]}, "additionalProperties": False})
+    async def tool_json_schema(services: lm.Services, call: lm.Call) -> lm.ToolResult:
+        return text_result("listed only")
+
+    @fixture("test_custom_header", lm.shape(("region",), region={"type": "string", "x-mcp-header": "Region"}))
+    async def tool_custom_header(services: lm.Services, call: lm.Call) -> lm.ToolResult:
+        return text_result(call.get("region"))
+
+    @fixture("greet", lm.shape(("name",), name=lm.string()))
+    async def tool_greet(services: lm.Services, call: lm.Call) -> lm.ToolResult:
+        return text_result(f"Hello, {call.get('name')}!")
+
+
+def declare_talking_tools() -> None:
+    """Tools that tell something before they answer."""
+    @fixture("test_tool_with_progress")
+    async def tool_with_progress(services: lm.Services, call: lm.Call) -> lm.ToolResult:
+        for done in (0, 50, 100):
+            call.client.progress(done, 100)
+            await services.clock.sleep(0.05)
+        return text_result("done")
+
+    async def tool_with_logging(services: lm.Services, call: lm.Call) -> lm.ToolResult:
+        """Tell three log lines."""
+        for sentence in ("Tool execution started", "Tool processing data", "Tool execution completed"):
+            call.client.log("info", sentence)
+            await services.clock.sleep(0.05)
+        return text_result("done")
+    fixture("test_tool_with_logging")(tool_with_logging)
+    fixture("test_logging_tool")(tool_with_logging)
+
+    for kind in ("tool", "prompt"):
+        declare_trigger(kind)
+
+    @fixture("test_reconnection")
+    async def tool_reconnection(services: lm.Services, call: lm.Call) -> lm.ToolResult:
+        return text_result("answered without a stream")
+
+
+def declare_trigger(kind: str) -> None:
+    """A tool that tells of a changed list."""
+    @fixture(f"test_trigger_{kind}_change")
+    async def tool_trigger(services: lm.Services, call: lm.Call) -> lm.ToolResult:
+        services.notices.tell_list(kind + "s")
+        return text_result("told")
+
+
+def question(message: str, **properties: Any) -> dict[str, Any]:
+    """An elicitation of texts."""
+    return lm.elicit(message, **{name: {"type": "string"} | part for name, part in properties.items()})
+
+
+def sampling(text: str) -> dict[str, Any]:
+    """A request for a sampled message."""
+    return {"method": "sampling/createMessage", "params": {
+        "messages": [{"role": "user", "content": {"type": "text", "text": text}}], "maxTokens": 100}}
+
+
+ROOTS = {"method": "roots/list", "params": {}}
+
+
+def asking_tool(name: str, arguments: dict[str, Any] | None = None, **requests: Any) -> None:
+    """A tool that asks these things, all at once, and answers what it was told."""
+    @fixture(name, arguments)
+    async def tool_asking(services: lm.Services, call: lm.Call) -> lm.ToolResult:
+        made = {key: request(call) if callable(request) else request for key, request in requests.items()}
+        answers = await call.client.ask(made)
+        return text_result("state-ok " + json.dumps(answers))
+
+
+def declare_asking_tools() -> None:
+    """Tools that ask their client."""
+    name = question("What is your name?", name={})
+    asking_tool("test_sampling", lm.shape(("prompt",), prompt=lm.string()),
+                answer=lambda call: sampling(call.get("prompt")))
+    asking_tool("test_elicitation", lm.shape(("message",), message=lm.string()),
+                answer=lambda call: question(call.get("message"), username={}, email={}))
+    asking_tool("test_elicitation_sep1034_defaults", answer=lm.elicit(
+        "Your profile", name={"type": "string", "default": "John Doe"}, age={"type": "integer", "default": 30},
+        score={"type": "number", "default": 95.5}, verified={"type": "boolean", "default": True},
+        status={"type": "string", "enum": ["active", "inactive", "pending"], "default": "active"}))
+    titled = [{"const": f"value{at}", "title": title} for at, title in enumerate(("First", "Second", "Third"), 1)]
+    plain = ["option1", "option2", "option3"]
+    asking_tool("test_elicitation_sep1330_enums", answer=lm.elicit(
+        "Choose", untitledSingle={"type": "string", "enum": plain}, titledSingle={"type": "string", "oneOf": titled},
+        legacyEnum={"type": "string", "enum": ["opt1", "opt2", "opt3"], "enumNames": ["One", "Two", "Three"]},
+        untitledMulti={"type": "array", "items": {"type": "string", "enum": plain}},
+        titledMulti={"type": "array", "items": {"anyOf": titled}}))
+    asking_tool("test_streaming_elicitation", user_name=name)
+    asking_tool("test_input_required_result_elicitation", user_name=name)
+    asking_tool("test_input_required_result_sampling", capital_question=sampling("What is the capital of France?"))
+    asking_tool("test_input_required_result_list_roots", client_roots=ROOTS)
+    confirm = lm.elicit("Please confirm", ok={"type": "boolean"})
+    asking_tool("test_input_required_result_request_state", confirm=confirm)
+    asking_tool("test_input_required_result_tampered_state", confirm=confirm)
+    asking_tool("test_input_required_result_multiple_inputs", user_name=name, greeting=sampling("Generate a greeting"),
+                client_roots=ROOTS)
+
+    @fixture("test_input_required_result_multi_round")
+    async def tool_multi_round(services: lm.Services, call: lm.Call) -> lm.ToolResult:
+        first = await call.client.ask({"step1": question("Step 1: What is your name?", name={})})
+        second = await call.client.ask({"step2": question("Step 2: What is your favorite color?", color={})})
+        return text_result(f"{first['step1']['content']['name']} likes {second['step2']['content']['color']}")
+
+    @fixture("test_input_required_result_capabilities")
+    async def tool_capabilities(services: lm.Services, call: lm.Call) -> lm.ToolResult:
+        wanted = {"elicitation": name, "sampling": sampling("Say hello"), "roots": ROOTS}
+        answers = await call.client.ask({kind: request for kind, request in wanted.items() if call.client.can(kind)})
+        return text_result(json.dumps(answers))
+
+    @fixture("test_missing_capability")
+    async def tool_missing_capability(services: lm.Services, call: lm.Call) -> lm.ToolResult:
+        call.client.require("sampling")
+        return text_result("this client can sample")
+
+
+def declare_work_tools() -> None:
+    """Tools that become tasks."""
+    errands = Errands()
+
+    @fixture("slow_compute", lm.shape(seconds=lm.number(default=1), label=lm.string(default="")), work=errands)
+    async def tool_slow_compute(services: lm.Services, call: lm.Call) -> dict[str, Any]:
+        async def run(errand: Errand) -> lm.ToolResult:
+            await services.clock.sleep(call.get("seconds"))
+            return text_result(f"{call.get('label')} took {call.get('seconds')} s")
+        return errands.begin(call, run)
+
+    @fixture("failing_job", work=errands, needs_task=True)
+    async def tool_failing_job(services: lm.Services, call: lm.Call) -> dict[str, Any]:
+        async def run(errand: Errand) -> lm.ToolResult:
+            await services.clock.sleep(0.5)
+            return text_result("it failed as it always does", is_error=True)
+        return errands.begin(call, run)
+
+    @fixture("protocol_error_job", work=errands, needs_task=True)
+    async def tool_protocol_error_job(services: lm.Services, call: lm.Call) -> dict[str, Any]:
+        async def run(errand: Errand) -> lm.ToolResult:
+            raise lm.LukhasError("the fixture broke down")
+        return errands.begin(call, run)
+
+    @fixture("confirm_delete", lm.shape(("filename",), filename=lm.string()), work=errands, needs_task=True)
+    async def tool_confirm_delete(services: lm.Services, call: lm.Call) -> dict[str, Any]:
+        async def run(errand: Errand) -> lm.ToolResult:
+            answers = await errand.ask(confirm=lm.elicit(f"Delete {call.get('filename')}?", confirm={"type": "boolean"}))
+            return text_result(json.dumps(answers["confirm"]))
+        return errands.begin(call, run)
+
+    @fixture("multi_input", work=errands, needs_task=True)
+    async def tool_multi_input(services: lm.Services, call: lm.Call) -> dict[str, Any]:
+        async def run(errand: Errand) -> lm.ToolResult:
+            return text_result(json.dumps(await errand.ask(first=question("First name?", name={}),
+                                                           second=question("Second name?", name={}))))
+        return errands.begin(call, run)
+
+    @fixture("test_tool_with_task", work=errands, needs_task=True)
+    async def tool_with_task(services: lm.Services, call: lm.Call) -> dict[str, Any]:
+        answers = await call.client.ask({"user_name": question("What is your name?", name={})})
+
+        async def run(errand: Errand) -> lm.ToolResult:
+            return text_result(f"Hello, {answers['user_name']['content']['name']}!")
+        return errands.begin(call, run)
+
+
+def declare_resources() -> None:
+    """The suite's resources."""
+    @lm.resource("test://static-text", name="static-text", title="Static text", mime_type="text/plain")
+    async def resource_static_text(services: lm.Services, inquiry: lm.Inquiry) -> dict[str, Any]:
+        """A text that never changes."""
+        return {"text": "This is the content of the static text resource."}
+
+    @lm.resource("test://static-binary", name="static-binary", title="Static image", mime_type="image/png")
+    async def resource_static_binary(services: lm.Services, inquiry: lm.Inquiry) -> dict[str, Any]:
+        """An image that never changes."""
+        return {"blob": PNG}
+
+    @lm.resource("test://template/{id}/data", name="template", title="Template")
+    async def resource_template(services: lm.Services, inquiry: lm.Inquiry) -> dict[str, Any]:
+        """What belongs to an id."""
+        return {"text": json.dumps({"id": inquiry.get("id"), "templateTest": True, "data": f"Data for ID: {inquiry.get('id')}"})}
+
+
+def declare_prompts() -> None:
+    """The suite's prompts."""
+    def text_message(text: str) -> dict[str, Any]:
+        return {"role": "user", "content": {"type": "text", "text": text}}
+
+    @lm.prompt("test_simple_prompt", title="Simple")
+    async def prompt_simple(services: lm.Services, inquiry: lm.Inquiry) -> list[dict[str, Any]]:
+        """One sentence."""
+        return [text_message("This is a simple prompt for testing.")]
+
+    arguments = tuple(lm.Argument(name, f"The argument {name}.", is_required=True) for name in ("arg1", "arg2"))
+
+    @lm.prompt("test_prompt_with_arguments", title="With arguments", arguments=arguments)
+    async def prompt_with_arguments(services: lm.Services, inquiry: lm.Inquiry) -> list[dict[str, Any]]:
+        """Two arguments in a sentence."""
+        return [text_message(f"Prompt with arguments: arg1='{inquiry.get('arg1')}', arg2='{inquiry.get('arg2')}'")]
+
+    @lm.prompt("test_prompt_with_embedded_resource", title="With a resource",
+               arguments=(lm.Argument("resourceUri", "The resource.", is_required=True),))
+    async def prompt_with_resource(services: lm.Services, inquiry: lm.Inquiry) -> list[dict[str, Any]]:
+        """A resource, and what to do with it."""
+        return [{"role": "user", "content": {"type": "resource", "resource": {
+            "uri": inquiry.get("resourceUri"), "mimeType": "text/plain",
+            "text": "Embedded resource content for testing."}}},
+            text_message("Please process the embedded resource above.")]
+
+    @lm.prompt("test_prompt_with_image", title="With an image")
+    async def prompt_with_image(services: lm.Services, inquiry: lm.Inquiry) -> list[dict[str, Any]]:
+        """An image, and what to do with it."""
+        return [{"role": "user", "content": {"type": "image", "data": PNG, "mimeType": "image/png"}},
+                text_message("Please analyze the image above.")]
+
+    @lm.prompt("test_input_required_result_prompt", title="With a question")
+    async def prompt_asking(services: lm.Services, inquiry: lm.Inquiry) -> list[dict[str, Any]]:
+        """A sentence that needs an answer first."""
+        answers = await inquiry.client.ask({"user_context": question("What context should the prompt use?", context={})})
+        return [text_message(f"Context: {answers['user_context']['content']['context']}")]
+
+
+def serve_conformance_main(arguments: list[str]) -> int:
+    """Serve a scratch repository together with the suite's fixtures; prints the URL, ends by a signal."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="lukhas-conformance-"))
+    for name in [name for name in os.environ if OWN_VARIABLES.match(name)]:
+        del os.environ[name]
+    try:
+        repo = make_repository(folder)
+        declare_fixtures()
+        settings = {"port": arguments[0] if arguments else "0", "repo_root": str(repo), "rl_bucket": "0",
+                    "state_dir": str(folder / "state"), "max_streams_per_key": "1000"}
+        asyncio.run(lm.serve(lm.load_config(settings), lambda one: print(
+            f"http://127.0.0.1:{one.port}/mcp", flush=True)))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+#: Scenarios that need no fixture (mcp-protocol.md section 11.3), by the revision under which they are run here.
+BARE_SCENARIOS = {
+    "2026-07-28": """completion-complete tools-list resources-list prompts-list dns-rebinding-protection server-sse-multiple-streams
+        caching http-header-validation sep-2164-resource-not-found input-required-result-unsupported-methods""".split(),
+    "2025-11-25": """server-initialize server-session-lifecycle ping logging-set-level resources-subscribe resources-unsubscribe
+        completion-complete tools-list resources-list prompts-list dns-rebinding-protection server-sse-multiple-streams""".split()}
+#: Of server-stateless these need a fixture, or a trigger of list changes.
+NEEDS_FIXTURE = re.compile("missing-capability|missing-client-capability|no-independent-requests|no-log-without|list-changed|change")
+#: The suite itself skips it until it is rewritten.
+ALWAYS_SKIPPED = {"tasks-status-notifications"}
+
+
+@pytest.fixture(scope="module")
+def conformance_url(tmp_path_factory: Any) -> Iterator[str]:
+    """The URL of a server with the suite's fixtures, in a process of its own."""
+    with open(tmp_path_factory.mktemp("conformance") / "stderr.log", "wb") as errors:
+        process = subprocess.Popen([sys.executable, str(HERE / "test_lukhas_mcp.py"), "serve-conformance"], stdout=subprocess.PIPE,
+                                   stderr=errors, text=True)
+        url = process.stdout.readline().strip()
+        assert url.startswith("http://127.0.0.1:"), pathlib.Path(errors.name).read_text()
+        yield url
+        process.terminate()
+        assert process.wait(20) == 0
+        process.stdout.close()
+
+
+def run_suite(folder: pathlib.Path, url: str, *words: str) -> tuple[int, str, dict[str, list[dict[str, Any]]]]:
+    """Exit code, output and the checks of each scenario; an empty baseline makes warnings count."""
+    npm, results, baseline = npm_folder(), folder / "results", folder / "baseline.yml"
+    baseline.write_text("server: []\n")
+    script = npm / "node_modules" / SUITE / "dist" / "index.js"
+    done = run_node(npm, str(script), "server", "--url", url, *words, "-o", str(results), "--expected-failures", str(baseline), home=folder,
+                    timeout_s=240.0)
+    found = {re.sub(r"^server-|-\d{4}-\d\d-\d\dT.*$", "", path.parent.name): json.loads(path.read_text())
+             for path in results.glob("*/checks.json")}
+    return done.returncode, done.stdout + done.stderr, found
+
+
+class TestConformance:
+    """Every scenario and check of the suite, warnings included, with an empty list of expected failures."""
+
+    @pytest.mark.parametrize(("words", "passed"), [
+        (("--requirements", "2026-07-28"), 196), (("--requirements", "2025-11-25"), 80),
+        (("--suite", "all", "--spec-version", "2025-06-18"), 56), (("--suite", "all", "--spec-version", "2025-03-26"), 3)],
+        ids=["2026-07-28", "2025-11-25", "2025-06-18", "2025-03-26"])
+    def test_every_check_passes(self, conformance_url, tmp_path, words, passed):
+        code, output, scenarios = run_suite(tmp_path, conformance_url, *words)
+        bad = [(name, check["id"], check["status"], check.get("errorMessage")) for name, checks in scenarios.items() for check in checks
+               if check["status"] not in ("SUCCESS", "INFO") and name not in ALWAYS_SKIPPED]
+        assert not bad and code == 0, (bad, output[-2000:])
+        assert sum(check["status"] == "SUCCESS" for checks in scenarios.values() for check in checks) >= passed
+
+    @pytest.mark.parametrize("version", BARE_SCENARIOS)
+    def test_the_real_server_passes_what_needs_no_fixture(self, mcp, tmp_path, version):
+        _, output, scenarios = run_suite(tmp_path, mcp.url + "/mcp", "--requirements", version)
+        assert set(BARE_SCENARIOS[version]) <= set(scenarios), output[-2000:]
+        bad = [(name, check["id"], check.get("errorMessage")) for name in BARE_SCENARIOS[version] for check in scenarios[name]
+               if check["status"] not in ("SUCCESS", "INFO")]
+        bad += [("server-stateless", check["id"], check.get("errorMessage")) for check in scenarios.get("server-stateless", ())
+                if check["status"] not in ("SUCCESS", "INFO") and not NEEDS_FIXTURE.search(check["id"])]
+        assert not bad
+
+    def test_no_fixture_is_in_the_product(self, mcp):
+        names = [*lm.TOOLS, *lm.PROMPTS, *lm.RESOURCES]
+        assert not [name for name in names if name.startswith("test")] and "greet" not in names
+        assert "test_simple_text" not in PROGRAM.read_text()
+
+
+# ==============================================================================
+# 91. Clients -- real ones: Python, TypeScript of both generations, the Inspector
+# uses: Front, Fakes, Conformance
+# ==============================================================================
+# Each one lists, searches, runs an eval with progress, reads and subscribes a resource, completes an
+# argument and cancels, in the eras that it speaks, as an application that uses it would.
+
+
+SEARCH = {"query": "guide"}
+STEPS = {"taskId": "steps", "configId": "ci"}
+LONG = {"taskId": "long", "configId": "ci"}
+SCRIPT = r"""
+const [folder, kind, url, mode] = process.argv.slice(1);
+const base = `${folder}/node_modules/@modelcontextprotocol/`;
+const isNew = kind === 'v2';
+const load = path => import(base + path);
+const {Client, StreamableHTTPClientTransport} = isNew ? await load('client/dist/index.mjs') : {
+  ...await load('sdk/dist/esm/client/index.js'), ...await load('sdk/dist/esm/client/streamableHttp.js')};
+const types = isNew ? {} : await load('sdk/dist/esm/types.js');
+const client = new Client({name: kind, version: '1'}, isNew ? {versionNegotiation: {mode}} : {});
+await client.connect(new StreamableHTTPClientTransport(new URL(url)));
+const call = (name, args, options) => isNew ? client.callTool({name, arguments: args}, options)
+  : client.callTool({name, arguments: args}, undefined, options);
+const out = {};
+out.version = client.getNegotiatedProtocolVersion?.();
+out.tools = (await client.listTools()).tools.map(tool => tool.name);
+out.resources = (await client.listResources()).resources.length;
+out.templates = (await client.listResourceTemplates()).resourceTemplates.length;
+out.prompts = (await client.listPrompts()).prompts.map(prompt => prompt.name);
+out.search = (await call('search', {query: 'guide'})).structuredContent.ids.length;
+out.file = (await client.readResource({uri: 'lukhas://file/docs/guide.md'})).contents[0].text;
+out.complete = (await client.complete({ref: {type: 'ref/prompt', name: 'plan_promotion'}, argument: {name: 'gate', value: 'pr'}})).completion.values;
+const updated = [];
+let wake = () => {};
+const heard = note => { updated.push(note.params.uri); wake(); };
+client.setNotificationHandler(isNew ? 'notifications/resources/updated' : types.ResourceUpdatedNotificationSchema, heard);
+const uri = `lukhas://model/${kind}-${mode}`;
+const isModern = isNew && mode !== 'legacy';
+const subscription = isModern ? await client.listen({resourceSubscriptions: [uri]}) : await client.subscribeResource({uri});
+const progress = [];
+const done = await call('run_eval', {taskId: 'steps', configId: 'ci'}, {onprogress: one => progress.push(one.progress), resetTimeoutOnProgress: true});
+out.eval = done.structuredContent.status;
+out.progress = progress;
+await call('promote_model', {modelId: `${kind}-${mode}`, gate: 'stage'});
+while (!updated.length) await new Promise(resolve => { wake = resolve; });
+out.updated = updated[0];
+const stop = new AbortController();
+let job;
+try {
+  await call('run_eval', {taskId: 'long', configId: 'ci'}, {signal: stop.signal, onprogress: one => {
+    job = /job_\w{8}/.exec(one.message)[0]; stop.abort('enough'); }});
+} catch (error) { out.aborted = true; }
+out.job = job;
+try { await call('no_such_tool', {}); } catch (error) { out.unknown = {code: error.code, kind: error.constructor.name}; }
+out.refused = (await call('status', {jobId: 'job_nope'})).isError;
+if (isModern) await subscription.close?.();
+await client.close();
+console.log(JSON.stringify(out));
+process.exit(0);
+"""
+
+
+def wait_cancelled(server: Server, job_id: str) -> None:
+    """The job must end as cancelled."""
+    assert server.wait_for("status", jobId=job_id)["status"] == "CANCELLED"
+
+
+async def use_python_client(client: Any, server: Server, model_id: str) -> dict[str, Any]:
+    """Do with a connected client what applications do; what it saw."""
+    from mcp.types import PromptReference
+    out: dict[str, Any] = {"version": client.protocol_version, "tools": [one.name for one in (await client.list_tools()).tools]}
+    out["prompts"] = [one.name for one in (await client.list_prompts()).prompts]
+    out["resources"] = len((await client.list_resources()).resources)
+    out["search"] = (await client.call_tool("search", SEARCH)).structured_content["ids"]
+    out["file"] = (await client.read_resource("lukhas://file/docs/guide.md")).contents[0].text
+    out["complete"] = (await client.complete(PromptReference(type="ref/prompt", name="plan_promotion"),
+                                             {"name": "gate", "value": "pr"})).completion.values
+    told: list[float] = []
+
+    async def note(done: float, total: float | None, message: str | None) -> None:
+        told.append(done)
+    out["eval"] = (await client.call_tool("run_eval", STEPS, progress_callback=note)).structured_content["status"]
+    out["progress"] = told
+    jobs: list[str] = []
+    begun = asyncio.Event()
+
+    async def note_job(done: float, total: float | None, message: str | None) -> None:
+        jobs.append(re.search(r"job_\w{8}", message)[0])
+        begun.set()
+    calling = asyncio.create_task(client.call_tool("run_eval", LONG, progress_callback=note_job))
+    await begun.wait()
+    calling.cancel()
+    await asyncio.wait([calling])
+    out["job"] = jobs[0]
+    return out
+
+
+async def hear_update(client: Any, promote: Callable[[], Awaitable[Any]], uri: str, heard: asyncio.Event) -> None:
+    """Subscribe as the era of the client does, change the resource and hear of it."""
+    if client.protocol_version == MODERN_VERSION:
+        async with client.listen(resource_subscriptions=[uri]) as subscription:
+            await promote()
+            async for one in subscription:
+                assert one.uri == uri
+                return
+    else:
+        await client.subscribe_resource(uri)
+        await promote()
+        await heard.wait()
+
+
+def run_python_client(target: Any, mode: str, server: Server, model_id: str) -> dict[str, Any]:
+    """The whole visit of a Python client."""
+    from mcp.client import Client
+
+    async def visit() -> dict[str, Any]:
+        heard = asyncio.Event()
+
+        async def hear(message: Any) -> None:
+            if "ResourceUpdated" in type(message).__name__:
+                heard.set()
+        async with Client(target, mode=mode, message_handler=hear) as client:
+            out = await use_python_client(client, server, model_id)
+
+            async def promote() -> None:
+                await client.call_tool("promote_model", {"modelId": model_id, "gate": "stage"})
+            await asyncio.wait_for(hear_update(client, promote, f"lukhas://model/{model_id}", heard), 20)
+            return out
+    return run_async(visit(), 60.0)
+
+
+def assert_visited(out: dict[str, Any]) -> None:
+    """What every client must have seen."""
+    assert out["tools"][:2] == ["search", "fetch"] and len(out["tools"]) == len(lm.TOOLS)
+    assert out["prompts"] == list(lm.PROMPTS) and out["search"] and out["file"] == FILES["docs/guide.md"]
+    assert out["complete"] == ["prod"] and out["eval"] == "COMPLETED" and out["progress"][-1] == 3
+
+
+class TestClients:
+    """Whatever client connects finds a complete and correct server."""
+
+    @pytest.mark.parametrize(("mode", "version"), [("auto", "2026-07-28"), ("legacy", "2025-11-25")])
+    def test_python_over_http(self, mcp, mode, version):
+        out = run_python_client(mcp.url + "/mcp", mode, mcp, f"python-{mode}")
+        assert_visited(out)
+        assert out["version"] == version
+        wait_cancelled(mcp, out["job"])
+
+    @pytest.mark.parametrize(("mode", "version"), [("auto", "2026-07-28"), ("legacy", "2025-11-25")])
+    def test_python_over_stdio(self, tmp_path, mode, version):
+        from mcp.client.stdio import StdioServerParameters
+        server = Server(tmp_path)
+        (server.repo / "lukhas.toml").write_text(PLAN)
+        environ = {name: str(value) for name, value in clean_environ(**server.settings).items()}
+        command = StdioServerParameters(command=python_command()[0], args=[*python_command()[1:], str(PROGRAM), "--stdio"],
+                                        env=environ, cwd=str(server.repo))
+        out = run_python_client(command, mode, server, f"stdio-{mode}")
+        assert_visited(out)
+        assert out["version"] == version
+        assert lm.verify_file(str(server.db)) is None
+
+    @pytest.mark.parametrize(("mode", "version"), [("auto", "2026-07-28"), ("legacy", "2025-11-25")])
+    def test_python_elicits(self, conformance_url, mode, version):
+        from mcp.client import Client
+        from mcp.types import ElicitResult
+
+        async def visit() -> str:
+            async def ask(context: Any, params: Any) -> ElicitResult:
+                return ElicitResult(action="accept", content={"name": "Ada"})
+            async with Client(conformance_url, mode=mode, elicitation_callback=ask) as client:
+                assert client.protocol_version == version
+                return (await client.call_tool("test_input_required_result_elicitation", {})).content[0].text
+        assert '"Ada"' in run_async(visit(), 30.0)
+
+    @pytest.mark.parametrize(("kind", "mode"), [("v1", "legacy"), ("v2", "legacy"), ("v2", "auto")])
+    def test_typescript(self, mcp, tmp_path, kind, mode):
+        folder = npm_folder()
+        done = run_node(folder, "--input-type=module", "-e", SCRIPT, str(folder), kind, mcp.url + "/mcp", mode, home=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        out = json.loads(done.stdout)
+        assert_visited(out)
+        assert out["updated"] == f"lukhas://model/{kind}-{mode}" and out["aborted"] and out["refused"] is True
+        assert out["unknown"]["code"] == -32602, "a JSON-RPC error, not one of the transport"
+        assert kind == "v1" or out["version"] == ("2026-07-28" if mode == "auto" else "2025-11-25")
+        wait_cancelled(mcp, out["job"])
+
+    @pytest.mark.parametrize("era", ["legacy", "auto"])
+    def test_the_inspector(self, mcp, tmp_path, era):
+        folder = npm_folder()
+        script = json.loads((folder / "node_modules/@modelcontextprotocol/inspector/package.json").read_text())["bin"]["mcp-inspector"]
+
+        def inspect(*words: str) -> Any:
+            done = run_node(folder, str(folder / "node_modules/@modelcontextprotocol/inspector" / script), "--cli", mcp.url + "/mcp",
+                            "--transport", "http", "--protocol-era", era, *words, "--format", "json", "-q", home=tmp_path)
+            assert done.returncode == 0, (words, done.stdout[-1500:], done.stderr[-1500:])
+            return json.loads(done.stdout)
+        inspect("--method", "tools/list", "--strict")
+        found = inspect("--method", "tools/call", "--tool-name", "search", "--tool-arg", "query=guide")
+        assert "docs/guide.md" in json.dumps(found)
+        assert FILES["docs/guide.md"] in json.dumps(inspect("--method", "resources/read", "--uri", "lukhas://file/docs/guide.md")).replace("\\n", "\n")
+
+
+# ==============================================================================
+# 92. CanaryProof -- the promises of canaries on a real server, a real Prometheus and real crashes
+# uses: Front, Fakes, Promql, Prometheus, Judge, Watch, Canary
+# ==============================================================================
+# Time is shortened ten times: a tick is a second of ours and ten of the simulator's. What a query
+# answers depends on the moment that it asks about, not on the moment at which it comes, so a busy
+# machine changes nothing as long as it leaves no tick out. With CANARY_PROOF=all there are three
+# draws of each scenario, 100 kills and a whole minute of 200 canaries.
+
+
+IS_WHOLE_PROOF = os.environ.get("CANARY_PROOF") == "all"
+SPEED = 10.0
+PROOF_QUERIES = {"PROM_Q_REQ": 'requests{gate="$__gate"}', "PROM_Q_ERRCOUNT": 'errcount{gate="$__gate"}',
+                 "PROM_Q_FAST": 'all_bucket{gate="$__gate",le="$__target_s"}'}
+PROOF_TARGETS = {"latency_p95_ms": 250.0, "max_error_rate": 0.01}
+PROOF_POLICY = {"windowSeconds": 30, "queryWindowSeconds": 3, "targets": PROOF_TARGETS}
+#: Classes that no scenario has: this machine was too slow for a tick.
+TOO_SLOW = {"overrun", "controller_down", "timeout", "reset", "refused", "unreachable", "error"}
+
+
+def load_fake_prometheus() -> Any:
+    """The module ../shared/lab/fake_prom.py."""
+    load_simulator()
+    spec = importlib.util.spec_from_file_location("fake_prom", require_shared("lab/fake_prom.py"))
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Draw:
+    """One draw of one scenario: what a query about a moment is answered, and what the judge decides in-process."""
+
+    def __init__(self, lab: Any, number: int, name: str, draw: int):
+        self.name = f"{name}/{draw}"
+        self.gate = f"g{number}.{draw}"  # no word in it that could be taken for a kind of query
+        self.script = lab.SimScript(name, seed=2026, draw=draw)
+        self.script.speed = SPEED
+        self.is_boundary = self.script.run.sc.boundary
+        self.began_s: float | None = None
+        self.decision, self.tick = self._decide()
+
+    def _decide(self) -> tuple[str, int]:
+        rule, run, seen = SIMULATOR_RULES[0](), self.script.run, []
+        for row in run.samples(30):
+            seen.append(row)
+            if decision := rule.decide(seen, run.policy):
+                return decision, row["tick"]
+        raise AssertionError(f"{self.name} is never decided")
+
+    def answer(self, kind: str, at_s: float, query: str) -> Any:
+        """What stands at the tick next to a moment; nothing until the start is known."""
+        tick = round(at_s - self.began_s) if self.began_s is not None else 0
+        return self.script(kind, tick * SPEED, query) if tick > 0 else "empty"
+
+
+def serve_draws(lab: Any, draws: list[Draw], port: int) -> None:
+    """lab/fake_prom.py over many gates, each of which is one draw, until this process is ended."""
+    by_gate, asked = {one.gate: one for one in draws}, threading.local()
+
+    class SimulatedPrometheus(lab.FakePrometheus):
+        """Goes by the moment that a query asks about; is told when each canary began."""
+
+        def _handle(self, handler: Any, url: Any, body: bytes) -> None:
+            told = parse_qs(url.query)
+            if url.path == "/began":
+                by_gate[told["gate"][0]].began_s = float(told["at"][0])
+                return self._send(handler, 200, b"{}")
+            asked.at_s = float(told["time"][0])
+            super()._handle(handler, url, body)
+
+        def elapsed(self) -> float:
+            return asked.at_s
+
+    SimulatedPrometheus(lambda kind, at_s, query: by_gate[re.search(r'gate="([^"]+)"', query)[1]].answer(
+        kind, at_s, query), port).start().thread.join()
+
+
+@contextlib.contextmanager
+def simulated_prometheus(lab: Any, draws: list[Draw]) -> Iterator[str]:
+    """The address of such a Prometheus in a process of its own, so that no test holds its answers up."""
+    port = free_port()
+    child = os.fork()
+    if child == 0:
+        try:
+            serve_draws(lab, draws, port)
+        finally:
+            os._exit(1)
+    try:
+        wait_until(lambda: is_listening(port), 10)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+class Race(threading.Thread):
+    """The canaries of many draws side by side on one server, which may be killed on the way.
+
+    `outcomes` holds canary_status by gate once `finish` has returned.
+    """
+
+    def __init__(self, server: Any, prometheus_url: str, draws: list[Draw], kills: int = 0):
+        super().__init__(daemon=True)
+        self.draws, self.outcomes = draws, {}
+        self._server, self._prometheus_url, self._kills = server, prometheus_url, kills
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._run_all({one.gate: one for one in self.draws})
+        except BaseException as error:  # told by `finish`, in the thread of the test
+            self._error = error
+
+    def _run_all(self, draws: dict[str, Draw]) -> None:
+        ids = {gate: self._start_one(one) for gate, one in draws.items()}
+        chance, began_s = random.Random(7), time.monotonic()
+        for at_s in sorted(chance.uniform(1, 28) for _ in range(self._kills)):
+            while time.monotonic() < began_s + at_s:
+                time.sleep(0.01)
+            self._server.restart()
+        for gate, canary_id in ids.items():
+            self.outcomes[gate] = self._server.wait_for("canary_status", 60, canaryId=canary_id, limit=200)
+
+    def _start_one(self, one: Draw) -> str:
+        found = self._server.call("start_canary", modelId="m", fromGate="stage", toGate=one.gate, policy=PROOF_POLICY)
+        created_at = self._server.call("canary_status", canaryId=found["canaryId"], limit=1)["createdAt"]
+        query = urlencode({"gate": one.gate, "at": lm.parse_utc(created_at)})
+        urllib.request.urlopen(f"{self._prometheus_url}/began?{query}", timeout=5).close()
+        return found["canaryId"]
+
+    def finish(self) -> list[tuple[Draw, dict[str, Any]]]:
+        """(draw, canary_status) of each; what went wrong on the way is raised here."""
+        self.join(150)
+        if self._error:
+            raise self._error
+        return [(one, self.outcomes[one.gate]) for one in self.draws]
+
+
+def is_disturbed(found: dict[str, Any]) -> bool:
+    """Whether this machine was too slow for a tick, which then proves nothing."""
+    return any(one["missing"] in TOO_SLOW for one in found["samples"])
+
+
+@contextlib.contextmanager
+def racing(folder: pathlib.Path, draws: list[Draw], kills: int = 0) -> Iterator[Race]:
+    """A race that has been started on a server and a Prometheus of its own."""
+    with simulated_prometheus(load_fake_prometheus(), draws) as prometheus_url:
+        settings = {"PROM_URL": prometheus_url, "CANARY_INTERVAL_SECONDS": "1", **PROOF_QUERIES}
+        server = Server(folder, settings).start()
+        try:
+            race = Race(server, prometheus_url, draws, kills)
+            race.start()
+            yield race
+        finally:
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def races(tmp_path_factory: Any) -> Iterator[tuple[Race, Race]]:
+    """Two races that go on while other tests run: one undisturbed, one over servers that are killed."""
+    lab = load_fake_prometheus()
+    names = [one.name for one in load_simulator().SCENARIOS]
+    draws = [[Draw(lab, number, name, draw) for number, name in enumerate(names)]
+             for draw in range(4 if IS_WHOLE_PROOF else 2)]
+    with contextlib.ExitStack() as stack:
+        def begin(name: str, some: list[Draw], kills: int = 0) -> Race:
+            return stack.enter_context(racing(tmp_path_factory.mktemp(name), some, kills))
+        yield begin("race", list(itertools.chain(*draws[1:]))), begin("killed", draws[0], 3)
+
+
+# What a real Prometheus remembers: job `matriz`, one sample a 10 s, in stories half an hour apart.
+
+STORY_S = 3600.0
+HISTORY_S = 600.0
+STORIES = ("healthy", "all_fail", "exporter_dies", "prometheus_dies")
+
+
+def write_stories(path: pathlib.Path, begin_s: float) -> None:
+    """The metrics of all stories as OpenMetrics; each has ten healthy minutes before its start."""
+    lines: dict[str, list[str]] = {}
+    for number, story in enumerate(STORIES):
+        fast = requests = failed = 0
+        for at in range(int((HISTORY_S + 1200) / 10)):
+            passed_s, at_s = at * 10 - HISTORY_S, begin_s + number * STORY_S + at * 10
+            if story == "exporter_dies" and passed_s > 400:
+                break
+            requests, fast = requests + 400, fast + 392
+            is_failing = story == "all_fail" and passed_s > 60
+            failed += 400 if is_failing else 0
+            for name, value in (('http_request_duration_seconds_bucket{job="matriz",le="0.25"}', fast),
+                                ('http_request_duration_seconds_bucket{job="matriz",le="+Inf"}', requests),
+                                ('http_requests_total{job="matriz",status="200"}', requests - failed),
+                                ('http_requests_total{job="matriz",status="500"}', failed)):
+                if value:
+                    lines.setdefault(name, []).append(f"{name} {value} {at_s:.0f}")
+    path.write_text("\n".join(itertools.chain(*lines.values())) + "\n# EOF\n")
+
+
+@pytest.fixture(scope="module")
+def remembering(tmp_path_factory: Any) -> Iterator[tuple[RealPrometheus, dict[str, float]]]:
+    """A real Prometheus whose storage promtool has filled, and when each story's canary begins."""
+    require("prometheus")
+    folder = tmp_path_factory.mktemp("remembering")
+    begin_s = (time.time() // 10) * 10 - 5 * 3600
+    write_stories(folder / "stories.om", begin_s)
+    subprocess.run([require("promtool"), "tsdb", "create-blocks-from", "openmetrics", folder / "stories.om", folder / "tsdb"],
+                   check=True, capture_output=True)
+    prometheus = RealPrometheus(folder, free_port(), interval_s=60)
+    try:
+        yield prometheus.start(), {story: begin_s + number * STORY_S + HISTORY_S for number, story in enumerate(STORIES)}
+    finally:
+        prometheus.stop()
+
+
+async def judge_story(folder: pathlib.Path, prometheus: RealPrometheus, begin_s: float, error_query: str,
+                      at: Callable[[float], None] = lambda passed_s: None, policy: Any = None) -> tuple[Any, list[str], Any]:
+    """(the final canary, the start's warnings, its samples) of a canary by the seed's queries, a story's clock its own.
+
+    `at` hears of each moment at which something is asked, in seconds from the start.
+    """
+    clock = HeldClock(at_s=begin_s)
+    folder.mkdir(exist_ok=True)
+    config = lm.Config(prom_url=prometheus.url, prom_q_lat=SEED_LAT, prom_q_err=error_query, prom_timeout_ms=10_000)
+    real = lm.PrometheusSampler(config, lm.SystemClock())
+
+    async def read(question: lm.Question) -> lm.Reading:
+        at(clock.passed_s)
+        return await real.read(question)
+    try:
+        async with open_canaries(folder, clock=clock, with_counters=False, prom_timeout_ms=10_000) as canaries:
+            canaries.sampler.read, canaries.sampler.reach_s = read, real.reach_s
+            canary, extras = await canaries.control.start_canary(
+                asked({"targets": {"latency_p95_ms": 500, "max_error_rate": 0.02}, **(policy or {})}), ADA)
+            found = await until_canary(canaries, lambda: (one := canaries.store.find_canary(canary.canary_id)).status.is_final
+                                and one, 60)
+            return found, extras["warnings"], canaries.store.load_samples(canary.canary_id)
+    finally:
+        await real.stop()
+
+
+def run_forked(folder: pathlib.Path, draw: tuple[str, int], passed_s: float, kill_at: int | None) -> bool:
+    """Drive the database's canary, or a new one, in a process of its own; False where it was killed.
+
+    The kill comes at any point of, or soon behind, the tick `kill_at`.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            run_async(drive_canary(folder, draw, passed_s), 60)
+        except BaseException:  # the child must end here, whatever it was
+            (folder / "child.log").write_text(traceback.format_exc())
+            os._exit(1)
+        os._exit(0)
+    if kill_at is not None:
+        wait_until(lambda: read_progress(folder)[1] >= kill_at or read_progress(folder)[0] not in ("", "RUNNING"), 60)
+        time.sleep(random.random() * 0.01)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFEXITED(status):
+        return False
+    assert os.WEXITSTATUS(status) == 0, (folder / "child.log").read_text()
+    return True
+
+
+async def drive_canary(folder: pathlib.Path, draw: tuple[str, int], passed_s: float) -> None:
+    """Start a canary, or take up the one that is there, and go on to its end."""
+    answer, _ = replay(load_simulator(), *draw)
+    clock = HeldClock(passed_s=passed_s)
+    async with open_canaries(folder, answer(clock), clock=clock) as canaries:
+        if canaries.store.list_canaries():
+            await canaries.control.start()
+        else:
+            await start(canaries, {"targets": PROOF_TARGETS})
+        await until_canary(canaries, lambda: canaries.store.list_canaries()[0].status.is_final, 60)
+
+
+def read_progress(folder: pathlib.Path) -> tuple[str, int]:
+    """(status or "" before the start, last stored tick) of the only canary in a database."""
+    if not (folder / "state.db").exists():
+        return "", 0
+    with contextlib.closing(sqlite3.connect(f"file:{folder / 'state.db'}?mode=ro", uri=True, timeout=10)) as connection:
+        try:
+            row = connection.execute("SELECT status FROM canaries").fetchone()
+            tick = connection.execute("SELECT max(json_extract(raw_data,'$.tick')) FROM canary_metrics").fetchone()[0]
+        except sqlite3.OperationalError:  # its tables are not made yet
+            return "", 0
+        return row[0] if row else "", tick or 0
+
+
+class QuickPrometheus:
+    """Answers every query at once with a healthy vector; cheap enough for many canaries. `count` is how many."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._loop = asyncio.new_event_loop()
+        self.port = free_port()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.count += 1
+        value = b"0.001" if b"vector" in head else b"160"
+        body = (b'{"status":"success","data":{"resultType":"vector","result":[{"metric":{},"value":[1,"' + value + b'"]}]}}')
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
+        writer.close()
+
+    def __enter__(self) -> QuickPrometheus:
+        started = threading.Event()
+
+        async def main() -> None:
+            await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=512)
+            started.set()
+        self._loop.create_task(main())
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        assert started.wait(10)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+
+
+LIMITED_GATE = """
+[gates.production]
+max_latency_p95_ms = 250
+max_error_rate = 0.01
+min_window_seconds = 60
+promote = "canary"
+"""
+STRICT_TARGETS = {"latency_p95_ms": 250, "max_error_rate": 0.01}
+LOOSE = {"latency_p95_ms": 9998, "max_error_rate": 0.9}
+#: Arguments of start_canary that ask for less than the gate demands, each in another spelling.
+LOOSE_STARTS = (
+    {"policy": {"targets": LOOSE}}, {"targets": LOOSE}, {"targets": LOOSE, "policy": {"targets": LOOSE}},
+    {"targets": LOOSE, "windowSeconds": 300}, {"targets": {**STRICT_TARGETS, "latency_p95_ms": 250.0001}},
+    {"policy": {"targets": {**STRICT_TARGETS, "max_error_rate": 0.0100001}}},
+    {"targets": STRICT_TARGETS, "policy": {"targets": LOOSE}}, {"targets": LOOSE, "policy": {"targets": STRICT_TARGETS}},
+    {"policy": {"targets": {"latency_p95_ms": "9998", "max_error_rate": "0.9"}}},
+    {"policy": {"targets": {"latency_p95_ms": 1e300, "max_error_rate": 1}}},
+    {"policy": {"targets": {"latency_p95_ms": True, "max_error_rate": True}}},
+    {"policy": {"targets": [LOOSE]}}, {"policy": [{"targets": LOOSE}]}, {"targets": {"LATENCY_P95_MS": 9998}},
+    {"targets": STRICT_TARGETS, "windowSeconds": 20}, {"policy": {"targets": STRICT_TARGETS, "windowSeconds": 59.9}},
+    {"policy": {"targets": STRICT_TARGETS, "windowSeconds": -1}}, {"targets": STRICT_TARGETS, "mode": "classic"},
+    {"policy": {"targets": STRICT_TARGETS, "hooks": {"onPromote": "mine"}}})
+#: The same by the knobs that no key of the gate names: their defaults are the limit.
+LOOSE_KNOBS = ({"egregiousTicks": 1000}, {"breachTicks": 100000}, {"maxConsecutiveMissing": 1000}, {"goodShare": 0.5},
+               {"lastGood": 1}, {"warmupSeconds": 150}, {"minTickRequests": 1e9}, {"queryWindowSeconds": 86400},
+               {"minRequests": 0}, {"mode": "classic"}, {"intervalSeconds": 150}, {"onInconclusive": "pause"})
+OTHER_GATES = ("Production", "PRODUCTION", "production.", "production/", "prod", "productiоn".replace("о", "0"), "production-2")
+
+
+class TestCanaryProof:
+    """What people will trust it with."""
+
+    def test_the_races_are_on(self, races):
+        assert all(one.is_alive() for one in races)
+
+    @pytest.mark.parametrize("story, error_query, status, reason", [
+        ("healthy", SEED_ERR, "ROLLED_BACK", "metrics_missing"),
+        ("healthy", BETTER_SEED_ERR, "PROMOTED", "window_end_good"),
+        ("all_fail", SEED_ERR, "ROLLED_BACK", "egregious"), ("all_fail", BETTER_SEED_ERR, "ROLLED_BACK", "egregious"),
+        ("exporter_dies", BETTER_SEED_ERR, "ROLLED_BACK", "metrics_missing"),
+        ("prometheus_dies", BETTER_SEED_ERR, "ROLLED_BACK", "metrics_missing")])
+    def test_the_seeds_literal_queries_on_a_real_prometheus(self, remembering, tmp_path, races, story, error_query, status, reason):
+        prometheus, begins = remembering
+
+        def kill(passed_s):
+            if story == "prometheus_dies" and passed_s >= 350:
+                prometheus.stop()
+        try:
+            canary, warnings, samples = run_async(
+                judge_story(tmp_path / "s", prometheus, begins[story], error_query, kill), 60)
+        finally:
+            if story == "prometheus_dies":
+                prometheus.start()
+        assert (canary.status, canary.reason) == (status, reason), samples[-3:]
+        assert any("neither the gate nor the model" in text for text in warnings)
+        assert all(one.facts["attribution"] == "none" for one in samples)
+        if error_query == SEED_ERR and story == "healthy":
+            assert any(BETTER_SEED_ERR in text for text in warnings) and samples[-1].missing == "empty"
+        if story == "exporter_dies":
+            assert samples[-1].missing == "stale"
+
+    def test_a_written_out_range_lengthens_the_window_and_that_is_said(self, remembering, tmp_path):
+        prometheus, begins = remembering
+        canary, warnings, samples = run_async(judge_story(tmp_path / "s", prometheus, begins["healthy"], BETTER_SEED_ERR), 60)
+        assert canary.policy["windowSeconds"] == 300 and canary.effective["windowSeconds"] == 600
+        assert any("300 s" in text and "600 s" in text for text in warnings)
+        assert [one.tick for one in samples] == list(range(1, 61))
+        assert [bool(one.facts.get("overlaps")) for one in samples] == [True] * 29 + [False] * 31
+
+    def test_total_failure_is_rolled_back_within_two_ticks_of_being_visible(self, make_server, tmp_path):
+        require("prometheus")
+        exporter = Exporter().start()
+        prometheus = RealPrometheus(tmp_path, exporter.port)
+        visible = "sum(rate(http_requests_total{status=~'5..'}[30s])) / sum(rate(http_requests_total[30s])) > 0.05"
+        address = f"{prometheus.url}/api/v1/query?query={quote(visible)}"
+        try:
+            prometheus.start()
+            server = make_server(
+                PROM_URL=prometheus.url, CANARY_INTERVAL_SECONDS=1, PROM_Q_LAT=SEED_LAT.replace("5m", "$__window"),
+                PROM_Q_ERR=BETTER_SEED_ERR.replace("5m", "$__window"), PROM_Q_REQ='sum(http_requests_total{job="matriz"})',
+                PROM_Q_ERRCOUNT='sum(http_requests_total{job="matriz",status=~"5.."})',
+                PROM_Q_FAST='sum(http_request_duration_seconds_bucket{job="matriz",le="$__target_s"})')
+            wait_until(lambda: exporter.scrapes > 6, 15)
+            made = [server.call("start_canary", modelId="m", fromGate="stage", toGate=mode, policy={
+                "mode": mode, "windowSeconds": 60, "warmupSeconds": 4,
+                "targets": {"latency_p95_ms": 250, "max_error_rate": 0.02}})["canaryId"] for mode in ("bake", "guarded")]
+            with server.sse(*(f"canary/{one}" for one in made)) as stream:
+                stream.until(lambda frame: frame.event == "metric" and frame.json["tick"] == 6, 20)
+                exporter.failing = 1.0
+                wait_until(lambda: b'"value"' in urllib.request.urlopen(address, timeout=5).read(), 20)
+                seen_s = time.monotonic()
+                for _ in made:
+                    stream.next_frame()
+                    stream.until_event("rolled_back", timeout_s=20)
+                assert time.monotonic() - seen_s <= 2 * 1.0 + 1.0
+        finally:
+            prometheus.stop()
+            exporter.stop()
+
+    def test_loose_targets_are_refused_in_every_spelling(self, make_server):
+        server = make_server(started=False)
+        (server.repo / "lukhas.toml").write_text(LIMITED_GATE)
+        server.start()
+        gate = {"modelId": "m", "fromGate": "stage", "toGate": "production"}
+        for more in LOOSE_STARTS:
+            assert server.call_error("start_canary", **gate, **more), more
+        for knob in LOOSE_KNOBS:
+            told = server.call_error("start_canary", **gate, policy={"targets": STRICT_TARGETS, **knob})
+            assert next(iter(knob)) in told and "production" in told, told
+        for other in OTHER_GATES:
+            told = server.call_error("start_canary", **{**gate, "toGate": other}, targets=LOOSE)
+            assert other in told, told
+            assert other in server.call_error("promote_model", modelId="m", gate=other)
+        assert "production" in server.call_error("promote_model", modelId="m", gate="production")
+        assert server.call("list_canaries")["canaries"] == []
+        stricter = server.call("start_canary", **gate, policy={"targets": {"latency_p95_ms": 100, "max_error_rate": 0.001},
+                                                               "breachTicks": 2, "windowSeconds": 600})
+        assert stricter["effectivePolicy"]["targets"] == {"latency_p95_ms": 100, "max_error_rate": 0.001}
+
+    def test_a_process_killed_at_any_point_decides_as_if_it_had_not_been(self, tmp_path):
+        chance = random.Random(11)
+        names = [one.name for one in load_simulator().SCENARIOS if not one.boundary]
+        points = 0
+        for number in range(300):
+            draw, folder = (names[number % len(names)], 1 + number // len(names)), tmp_path / str(number)
+            _, decided = replay(load_simulator(), *draw)
+            folder.mkdir()
+            is_over = run_forked(folder, draw, 0.0, chance.randrange(30))
+            status, tick = read_progress(folder)
+            if not is_over and status == "RUNNING":
+                points += 1
+                run_forked(folder, draw, (tick + chance.uniform(0.05, 1.95)) * 10, None)
+            assert read_progress(folder)[0] == decided, (draw, tick)
+            if points == (100 if IS_WHOLE_PROOF else 10):
+                return
+        raise AssertionError(f"only {points} kills came in time")
+
+    def test_two_hundred_canaries_tick_on_time(self, make_server, races):
+        for one in races:
+            one.join(150)  # a machine of its own for what is measured
+        with QuickPrometheus() as prometheus:
+            server = make_server(
+                PROM_URL=f"http://127.0.0.1:{prometheus.port}", CANARY_INTERVAL_SECONDS=1, PROM_Q_LAT="p95[$__window]",
+                PROM_Q_ERR="rate[$__window] or vector(0)")
+            seconds = 60 if IS_WHOLE_PROOF else 10
+            ids = [server.call("start_canary", modelId="m", fromGate="stage", toGate=f"g{at}", policy={
+                "windowSeconds": seconds + 30, "queryWindowSeconds": 1, "targets": PROOF_TARGETS})["canaryId"] for at in range(200)]
+            begun, asked_before = time.monotonic(), prometheus.count
+            wait_until(lambda: time.monotonic() > begun + seconds, seconds + 5)
+            asked = (prometheus.count - asked_before) / (time.monotonic() - begun)
+            samples = [one for canary_id in ids
+                       for one in server.call("canary_status", canaryId=canary_id, limit=1000)["samples"]]
+            late_s = sorted(one["elapsedSeconds"] - one["tick"] for one in samples)
+            assert len(samples) >= 200 * (seconds - 1) and not [one for one in samples if one["missing"]]
+            assert late_s[int(0.99 * len(late_s))] <= 0.1, (late_s[-5:], asked)
+            assert asked < 100, f"{asked:.0f} queries a second: the same one must be asked once for all canaries"
+
+    def test_all_scenarios_over_http_end_as_in_process_at_the_same_tick(self, races):
+        judged = [(one, found) for one, found in races[0].finish() if not is_disturbed(found)]
+        assert len(judged) > 0.8 * len(races[0].draws), "this machine is too slow to prove anything"
+        assert {one.name: (one.decision, one.tick) for one, _ in judged} == {
+            one.name: (found["status"], found["samples"][-1]["tick"]) for one, found in judged}
+
+    def test_a_server_killed_on_the_way_decides_the_same(self, races):
+        outcomes = [(one, found) for one, found in races[1].finish() if not one.is_boundary]
+        assert {one.name: one.decision for one, _ in outcomes} == {one.name: found["status"] for one, found in outcomes}
+        assert any(sample["missing"] == "controller_down" for _, found in outcomes for sample in found["samples"])
+
+
+def bench_canaries(folder: pathlib.Path) -> None:
+    """How long 1,000 canaries of stored history take to resume, and what a tick costs the event loop."""
+    async def resume() -> tuple[float, float]:
+        policy = policy_of()
+        async with open_store(folder) as store:
+            def fill(tx: Any) -> None:
+                for at in range(1000):
+                    canary = lm.Canary(f"canary_{at:08}", "m", "stage", f"gate-{at}", lm.CanaryStatus.RUNNING, tx.now, tx.now,
+                                       policy.to_echo(), policy.to_wire(), started_s=tx.now_s - 205)
+                    tx.insert_canary(canary)
+                    for tick in range(1, 21):
+                        tx.add_sample(canary, sample_of(tick, "g", facts={"counters": [400 * tick, 0, 8 * tick]}))
+            await store.write(fill)
+            control = lm.CanaryController(store, store._clock, lm.Config(), lm.Plan(), FakeSampler((160.0, 0.0), with_counters=True))
+            began_s, worked_s = time.perf_counter(), time.thread_time()
+            await control.start()
+            taken_s, worked_s = time.perf_counter() - began_s, time.thread_time() - worked_s
+            assert sum(one.get_name().startswith("canary_") for one in asyncio.all_tasks()) == 1000
+            await control.stop()
+            return taken_s, worked_s
+
+    async def tick() -> float:
+        async with open_canaries(folder / "ticks") as canaries:
+            began_s = time.thread_time()
+            found = await run_to_end(canaries, {"windowSeconds": 10_000})
+            worked_s = time.thread_time() - began_s
+            assert canaries.store.count_samples(found.canary_id) == 1000
+            return worked_s / 1000
+
+    (folder / "ticks").mkdir()
+    taken_s, worked_s = bench_loop(resume())
+    print(f"resume, 1000 canaries of 20 samples    {taken_s:9.3f} s, of which {worked_s:.3f} s on the processor")
+    print(f"a tick, cost on the event loop         {1000 * bench_loop(tick()):9.3f} ms")
+
+
+# ==============================================================================
+# 93. Main -- what the command line means
 # uses: Front
 # ==============================================================================
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command that the first word names, else pytest on this file."""
+    """Run the command that the first word names (`bench`, `readme`, …), else become pytest on this file."""
     command = globals().get(arguments[0].replace("-", "_") + "_main") if arguments else None
     if command is not None:
         return command(arguments[1:]) or 0
-    return int(pytest.main([__file__, "-q", "-p", "no:cacheprovider", *arguments]))
+    os.execv(sys.executable, [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider",
+                              *arguments])
 
 
 if __name__ == "__main__":
