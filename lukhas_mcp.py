@@ -12030,6 +12030,7 @@ _STOP_WORDS = frozenset(
     "they this those to was we were what when where which while who why will with would you your".split())
 _CHUNK = re.compile(r"\w+")
 _PIECE = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+|[^\W_A-Za-z0-9]+")
+_PLAIN_WORD = re.compile(r"[^\W_]+")
 _SEPARATORS = re.compile(r"[/\\]+")
 _TEST_PATHS = re.compile(r"(^|/)(tests?|testing|__tests__|specs?|testdata)/|(^|/)(test_[^/]*|[^/]*_test\.[^/]*|"
                     r"[^/]*\.(test|spec)\.[^/]*|conftest\.py)$")
@@ -12082,7 +12083,7 @@ def name_key(name: str) -> str:
 
 def split_words(text: str) -> list[str]:
     """The words of a text in lower case, names in camel case taken apart."""
-    return [piece.lower() for piece in _PIECE.findall(text)]
+    return list(map(str.lower, _PIECE.findall(text)))
 
 
 # -- what is asked of the index -----------------------------------------------
@@ -12158,22 +12159,23 @@ def _score_names(query: Query, names: frozenset[str]) -> float:
 def _score_path(query: Query, path: str) -> float:
     if not query.terms:
         return _score_literal(query.literal, path.lower())
-    base = path.rpartition("/")[2]
-    in_path, in_base = _words_of(path), _words_of(base)
-    covered = sum(_has(in_path, word, parts) for word, parts in query.terms.items()) / len(query.terms)
-    named = sum(_has(in_base, word, parts) for word, parts in query.terms.items())
-    stem_words = len(set(split_words(base.rpartition(".")[0] or base))) or 1
-    score = 14.0 * covered ** 4 + 3.5 * min(1.0, named / stem_words) + _score_literal(query.literal, path.lower())
+    folder, _, base = path.rpartition("/")
+    in_base = _words_of(base)
+    in_path = _words_of(folder) | in_base
+    covered = named = 0
+    for word, parts in query.terms.items():
+        if word in in_path or parts and in_path.issuperset(parts):
+            covered += 1
+            named += word in in_base or bool(parts) and in_base.issuperset(parts)
+    stem_words = len(_words_of(base.rpartition(".")[0])) if named else 1
+    score = 14.0 * (covered / len(query.terms)) ** 4 + 3.5 * min(1.0, named / max(stem_words, 1))
+    score += _score_literal(query.literal, path.lower())
     return score - (not query.asks_tests and bool(_TEST_PATHS.search(path))) - bool(_STALE_PATHS.search(path))
 
 
 def _words_of(text: str) -> set[str]:
-    chunks = _CHUNK.findall(text)
-    return {piece.lower() for chunk in chunks for piece in (*_PIECE.findall(chunk), *chunk.split("_"))}
-
-
-def _has(words: set[str], word: str, parts: tuple[str, ...]) -> bool:
-    return word in words or bool(parts) and words.issuperset(parts)
+    """The words of a path, and the parts of those in camel case."""
+    return {*map(str.lower, _PIECE.findall(text)), *_PLAIN_WORD.findall(text.lower())}
 
 
 def _score_literal(literal: str, path: str) -> float:
@@ -13776,6 +13778,7 @@ _TELL_S = 0.2
 _RACY_NS = 100_000_000  # a file written so shortly before it was read may change without a new mtime
 _MAX_DEAD = 0.10
 _MIN_DEAD = 200
+_MAX_COUNTS = 50_000
 
 _WORD = r"[A-Za-z_$][\w$]*"
 _PYTHON = re.compile(rf"\n[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]+({_WORD})|\n([A-Za-z_]\w\w+)(?:[ \t]*:[^=\n]{{1,80}})?[ \t]*=[^=]")
@@ -14028,6 +14031,7 @@ class IndexReader:
         self.total = 0  #: documents
         self._paths = PathList(())
         self._changes = -1
+        self._counts: dict[str, int] = {}
         try:
             self._connection = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA query_only=ON")
@@ -14062,11 +14066,16 @@ class IndexReader:
         if changes != self._changes:
             rows = self._all(f"SELECT path FROM docs WHERE state >= {_PATH_ONLY}")
             self._paths, self._changes, self.total = PathList(row[0] for row in rows), changes, len(rows)
+            self._counts.clear()
 
     def _count(self, word: str) -> int:
         """In how many documents a word is; from half of all on, half of all."""
-        sql = "SELECT count(*) FROM (SELECT 1 FROM fts WHERE fts MATCH ? LIMIT ?)"
-        return self._all(sql, f'"{word}"', self.total // 2 + 1)[0][0]
+        if len(self._counts) > _MAX_COUNTS:
+            self._counts.clear()
+        if word not in self._counts:
+            sql = "SELECT count(*) FROM (SELECT 1 FROM fts WHERE fts MATCH ? LIMIT ?)"
+            self._counts[word] = self._all(sql, f'"{word}"', self.total // 2 + 1)[0][0]
+        return self._counts[word]
 
     def _gather(self, query: Query, counts: Mapping[str, int]) -> list[Found]:
         found: dict[str, Found] = {}
@@ -19250,8 +19259,8 @@ async def reload_keys(services: Services) -> None:
     removed, added = services.keys.replace(keys)
     for subscriber in [one for one in services.broker.subscribers if one.owner in removed]:
         subscriber.close()
-    services.notices.end_streams(removed)
-    services.sessions.end_all_of(removed)
+    for listener in [one for one in services.notices.listeners if one.owner in removed]:
+        listener.outlet.end(listener.farewell)  # its session, if it has one, is open to no other key and swept later
     sentence = f"the keys were read again: {len(added)} new, {len(removed)} removed, {len(keys)} in all"
     log.info("%s", sentence)
     await _tell_reload(services, sentence, {"added": sorted(added), "removed": sorted(removed)})

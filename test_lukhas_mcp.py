@@ -741,9 +741,11 @@ def server(tmp_path_factory: Any) -> Iterator[Server]:
 
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2 ** 90), 2 ** 90) | st.floats(allow_nan=False, allow_infinity=False)
+    st.none() | st.booleans() | st.integers(-(2 ** 90), 2 ** 90) | st.floats(allow_nan=False,
+        allow_infinity=False)
     | st.text(st.characters(), max_size=8),  # lone surrogates too
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=8)
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8)
 
 
 @pytest.fixture(params=["orjson", "json"])
@@ -767,7 +769,8 @@ class TestGround:
         assert re.fullmatch("[0-9a-f]{32}", lm.new_secret()) and lm.new_secret() != lm.new_secret()
 
     @pytest.mark.parametrize(("at_s", "text"), [
-        (0, "1970-01-01T00:00:00.000Z"), (0.999, "1970-01-01T00:00:00.999Z"), (1.0005, "1970-01-01T00:00:01.000Z"),
+        (0, "1970-01-01T00:00:00.000Z"), (0.999, "1970-01-01T00:00:00.999Z"),
+        (1.0005, "1970-01-01T00:00:01.000Z"),
         (1735689600, "2025-01-01T00:00:00.000Z"), (951782400.5, "2000-02-29T00:00:00.500Z"),
         (253402300799.5, "9999-12-31T23:59:59.500Z")])
     def test_utc_text(self, at_s, text):
@@ -800,7 +803,8 @@ class TestGround:
         assert json.loads(lm.to_text(value)) == value and lm.to_text(value).isascii()
 
     @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
-    @hypothesis.given(st.binary(max_size=12) | st.text("[]{}:,\"\\0123456789.eE+-truefalsnNI \ud800\u2028", max_size=12)
+    @hypothesis.given(st.binary(max_size=12) | st.text("[]{}:,\"\\0123456789.eE+-truefalsnNI \ud800\u2028",
+                                                       max_size=12)
                       .map(lambda text: text.encode("utf-8", "surrogatepass")))
     def test_reading_never_ends_in_anything_but_a_value_or_a_valueerror(self, codec, data):
         try:
@@ -814,15 +818,18 @@ class TestGround:
         (b"9007199254740993", 9007199254740993), (b"18446744073709551615", 2 ** 64 - 1),
         (b"18446744073709551616", 2 ** 64), (b"-9223372036854775809", -(2 ** 63) - 1),
         (b"[123456789012345678901234567890]", [123456789012345678901234567890]),
-        (b'"1234567890123456789"', "1234567890123456789"), (b"1.5", 1.5), (b"-0", 0), (b'{"a":1,"a":2}', {"a": 2}),
+        (b'"1234567890123456789"', "1234567890123456789"), (b"1.5", 1.5), (b"-0", 0),
+        (b'{"a":1,"a":2}', {"a": 2}),
         (b'" \xe2\x80\xa8 \\u2028 \\ud83d\\ude00"', " \u2028 \u2028 \U0001f600"), (b" \t\r\n null \n", None),
         (b'"\\ud800"', "\ud800"), (b'["\\uDC00\\ud83d\\ude00"]', ["\udc00\U0001f600"])])
     def test_read(self, codec, text, value):
         assert lm.parse_json(text) == value
 
     @pytest.mark.parametrize("text", [
-        b"", b" ", b"NaN", b"Infinity", b"-Infinity", b"[NaN]", b"[1,]", b"{'a':1}", b"01", b"+1", b".5", b"1.", b"0x1",
-        b"nul", b'"a', b'"\n"', b'"\x00"', b'"\\x41"', b'{"a" 1}', b"{1:2}", b"1 2", b"\xff", b'"\xc3"', b'"\xed\xa0\x80"',
+        b"", b" ", b"NaN", b"Infinity", b"-Infinity", b"[NaN]", b"[1,]", b"{'a':1}", b"01", b"+1", b".5",
+        b"1.", b"0x1",
+        b"nul", b'"a', b'"\n"', b'"\x00"', b'"\\x41"', b'{"a" 1}', b"{1:2}", b"1 2", b"\xff", b'"\xc3"',
+        b'"\xed\xa0\x80"',
         b"\xef\xbb\xbf{}", b"1" * 31, b"-" + b"1" * 31, b"[" + b"9" * 4000 + b"]", b"1e999", b"[-1e400]",
         b"[12345678901234567890, 1e999]", b'["12345678901234567890", NaN]', b'{"\xff":12345678901234567890}'])
     def test_refused(self, codec, text):
@@ -831,7 +838,8 @@ class TestGround:
         assert str(caught.value)
 
     @pytest.mark.parametrize("opener", [b"[", b'{"a":', b"[1,2,", b'{"b":[],"a":'])
-    @pytest.mark.parametrize("long", [b"", b"12345678901234567890"])  # the second takes the way of big numbers
+    @pytest.mark.parametrize("long",
+                             [b"", b"12345678901234567890"])  # the second takes the way of big numbers
     def test_depth(self, codec, opener, long):
         closer = b"]" if opener[:1] == b"[" else b"}"
         for depth in (1, 63):
@@ -862,7 +870,8 @@ class TestGround:
             lm.to_text(value)
 
     def test_writing_is_the_same_by_both(self, monkeypatch):
-        document = {"status": lm.JobStatus.RUNNING, "pair": (1, 2.5), "big": 2 ** 70, "lone": "\ud800", "text": "\u2028é"}
+        document = {"status": lm.JobStatus.RUNNING, "pair": (1, 2.5), "big": 2 ** 70, "lone": "\ud800",
+                    "text": "\u2028é"}
         first = lm.to_json(document)
         monkeypatch.setattr(lm, "orjson", None)
         assert json.loads(first) == json.loads(lm.to_json(document))
@@ -886,7 +895,8 @@ class TestErrors:
     @pytest.mark.parametrize(("kind", "status", "code"), [
         (lm.ParseError, 400, -32700), (lm.InvalidRequest, 400, -32600), (lm.MethodNotFound, 404, -32601),
         (lm.InvalidParams, 400, -32602), (lm.LukhasError, 500, -32603), (lm.HeaderMismatch, 400, -32020),
-        (lm.MissingCapability, 400, -32021), (lm.UnsupportedVersion, 400, -32022), (lm.Unauthorized, 401, -32000),
+        (lm.MissingCapability, 400, -32021), (lm.UnsupportedVersion, 400, -32022),
+        (lm.Unauthorized, 401, -32000),
         (lm.Forbidden, 403, -32000), (lm.Misdirected, 421, -32000)])
     def test_codes(self, kind, status, code):
         error = kind("what was wrong", detail="for the log", data={"a": 1})
@@ -918,8 +928,10 @@ class TestVocabulary:
     """Ids, states and documents."""
 
     @pytest.mark.parametrize(("text", "is_good"), [
-        ("a", True), ("0", True), ("model-v4.1:rc/2@x+y_z", True), ("a" * 128, True), ("a" * 129, False), ("", False),
-        ("-a", False), (".a", False), ("_a", False), ("a b", False), ("a\n", False), ("\na", False), ("a\u2028", False),
+        ("a", True), ("0", True), ("model-v4.1:rc/2@x+y_z", True), ("a" * 128, True), ("a" * 129, False),
+        ("", False),
+        ("-a", False), (".a", False), ("_a", False), ("a b", False), ("a\n", False), ("\na", False),
+        ("a\u2028", False),
         ("\u00e9", False), ("a\u0660", False), ("a%", False), ("a'", False), ('a"', False), ("a\\", False),
         ("../a", False), ("a\x00", False), ("a<b", False), ("a\u202e", False)])
     def test_ids(self, text, is_good):
@@ -930,20 +942,26 @@ class TestVocabulary:
         assert {str(one) for one in lm.CanaryStatus if not one.is_final} == {"PENDING", "RUNNING", "PAUSED"}
 
     def test_job_on_the_wire(self):
-        job = lm.Job("job_1", "t", "c", lm.JobStatus.FAILED, "2025", "2026", {"a": 1}, "why", "me", "key", {"done": 1})
+        job = lm.Job("job_1", "t", "c", lm.JobStatus.FAILED, "2025", "2026", {"a": 1}, "why", "me", "key",
+                     {"done": 1})
         short, full = job.to_wire(), job.to_wire(is_full=True)
-        assert short == {"jobId": "job_1", "taskId": "t", "configId": "c", "status": "FAILED", "startedAt": "2025",
+        assert short == {"jobId": "job_1", "taskId": "t", "configId": "c", "status": "FAILED",
+                         "startedAt": "2025",
                          "updatedAt": "2026"}
         assert full == short | {"result": {"a": 1}, "reason": "why", "progress": {"done": 1}}
 
     def test_canary_and_sample_on_the_wire(self):
-        canary = lm.Canary("canary_1", "m", "stage", "prod", lm.CanaryStatus.PENDING, "2025", "2026", {"windowSeconds": 20})
-        assert canary.to_wire() == {"canaryId": "canary_1", "modelId": "m", "fromGate": "stage", "toGate": "prod",
+        canary = lm.Canary("canary_1", "m", "stage", "prod", lm.CanaryStatus.PENDING, "2025", "2026",
+                           {"windowSeconds": 20})
+        assert canary.to_wire() == {"canaryId": "canary_1", "modelId": "m", "fromGate": "stage",
+                                    "toGate": "prod",
                                     "status": "PENDING", "createdAt": "2025", "updatedAt": "2026",
                                     "policy": {"windowSeconds": 20}}
         sample = lm.Sample(3, 1.23456, "2025", 9999.0, 1.0, "conservative", "empty")
-        assert sample.to_wire() == {"tick": 3, "elapsedSeconds": 1.235, "at": "2025", "latency_p95_ms": 9999.0,
-                                    "error_rate": 1.0, "source": "conservative", "verdict": "", "missing": "empty"}
+        assert sample.to_wire() == {"tick": 3, "elapsedSeconds": 1.235, "at": "2025",
+                                    "latency_p95_ms": 9999.0,
+                                    "error_rate": 1.0, "source": "conservative", "verdict": "",
+                                    "missing": "empty"}
 
     def test_a_callers_text_stands_under_input_only(self):
         """Neither an input nor what a client calls itself can take the place of what the server says."""
@@ -966,11 +984,13 @@ class TestVocabulary:
 #: Values for the derived tests: one that is accepted by each kind of setting, and what it becomes.
 GOOD_TEXTS = {"int": "2000", "float": "2.5", "bool": "1", "str": "text", "tuple[str, ...]": "a, b"}
 SPECIAL_TEXTS = {"prom_url": "http://prometheus:9090", "public_url": "https://ops.example.org/base",
-                 "trusted_proxies": "10.0.0.0/8, ::1", "host": "127.0.0.2", "max_jobs": "7", "read_only": "yes",
+                 "trusted_proxies": "10.0.0.0/8, ::1", "host": "127.0.0.2", "max_jobs": "7",
+                 "read_only": "yes",
                  "api_keys": "ann:viewer:s3cret-of-ann", "prom_bearer": "s3cret-of-prometheus"}
 BAD_TEXTS = {"int": ("x", "1.5", "1e3", "0x10", "", " ", "9" * 16, "-1", "\u0661"),
              "float": ("x", "nan", "inf", "1e3", "-1", "1,5", "\u0661"), "bool": ("2", "x", "ja", "True!")}
-COMPANIONS = {"slo": {"PROM_URL": "http://p"}, "tls_cert": {"LUKHAS_MCP_TLS_KEY": "k"}, "tls_key": {"LUKHAS_MCP_TLS_CERT": "c"}}
+COMPANIONS = {"slo": {"PROM_URL": "http://p"}, "tls_cert": {"LUKHAS_MCP_TLS_KEY": "k"},
+              "tls_key": {"LUKHAS_MCP_TLS_CERT": "c"}}
 SETTING_IDS = [one.variable for one in lm.SETTINGS]
 
 
@@ -1017,9 +1037,11 @@ class TestConfig:
         for one in lm.SETTINGS:
             if one.field not in ("repo_root", "db", "state_dir", "state_path", "slo"):
                 assert getattr(config, one.field) == one.default, one.variable
-        assert (config.port, config.host, config.rl_bucket, config.rl_window_ms) == (8766, "127.0.0.1", 60, 10000)
+        assert (config.port, config.host, config.rl_bucket, config.rl_window_ms) == (8766, "127.0.0.1", 60,
+            10000)
         assert (config.db, config.state_path) == (str(root / ".mcp-state.db"), str(root / ".mcp-state.json"))
-        assert config.state_dir.startswith(str(root.parent / ".local/state/lukhas-mcp/")) and config.slo == "embedded"
+        assert config.state_dir.startswith(str(root.parent / ".local/state/lukhas-mcp/"))
+        assert config.slo == "embedded"
         assert config.warnings == () and not list(root.iterdir()), "reading the settings creates nothing"
 
     def test_the_table_of_the_wire_contract(self):
@@ -1028,8 +1050,10 @@ class TestConfig:
             "LUKHAS_MCP_CONFIG", "LUKHAS_MCP_API_KEYS", "LUKHAS_MCP_API_KEYS_FILE", "PROM_URL", "PROM_BEARER",
             "PROM_BEARER_FILE", "PROM_Q_LAT", "PROM_Q_ERR", "PROM_Q_REQ", "PROM_Q_ERRCOUNT", "PROM_Q_FAST",
             "PROM_Q_DRIFT", "PROM_Q_FRESH", "PROM_ERR_EMPTY", "PROM_TIMEOUT_MS", "LUKHAS_MCP_SLO",
-            "CANARY_DEFAULT_MODE", "CANARY_INTERVAL_SECONDS", "MCP_RL_WINDOW_MS", "MCP_RL_BUCKET", "MCP_STATE_PATH",
-            "MCP_JOB_TTL_MS", "GITHUB_VIEW_BASE", "LUKHAS_MCP_AUDIT", "LUKHAS_MCP_SYNC", "LUKHAS_MCP_READ_ONLY",
+            "CANARY_DEFAULT_MODE", "CANARY_INTERVAL_SECONDS", "MCP_RL_WINDOW_MS", "MCP_RL_BUCKET",
+            "MCP_STATE_PATH",
+            "MCP_JOB_TTL_MS", "GITHUB_VIEW_BASE", "LUKHAS_MCP_AUDIT", "LUKHAS_MCP_SYNC",
+            "LUKHAS_MCP_READ_ONLY",
             "LUKHAS_MCP_KEY_IN_URL", "LUKHAS_MCP_ALLOW_ANONYMOUS", "LUKHAS_MCP_ALLOW_SECRETS",
             "LUKHAS_MCP_PROTECTED_PATHS", "LUKHAS_MCP_PROTECTED_BRANCHES", "LUKHAS_MCP_GIT_HOOKS",
             "LUKHAS_MCP_CORS_ORIGINS", "LUKHAS_MCP_ALLOWED_HOSTS", "LUKHAS_MCP_TRUSTED_PROXIES",
@@ -1038,7 +1062,8 @@ class TestConfig:
                 "BODY", "HEADER", "CONNECTIONS", "CONNECTIONS_PER_IP", "STREAMS", "STREAMS_PER_KEY", "JOBS",
                 "QUEUED_JOBS"))}
 
-    @pytest.mark.parametrize("one", [one for one in lm.SETTINGS if one.field != "repo_root"], ids=lambda one: one.variable)
+    @pytest.mark.parametrize("one", [one for one in lm.SETTINGS if one.field != "repo_root"],
+                             ids=lambda one: one.variable)
     def test_every_setting_by_every_way(self, root, one):
         text, more = good_text(one), COMPANIONS.get(one.field, {})
         if one.field.endswith("_file") or one.field == "config":
@@ -1066,7 +1091,8 @@ class TestConfig:
     @pytest.mark.parametrize("one", lm.SETTINGS, ids=SETTING_IDS)
     def test_a_malformed_value_is_named_with_what_is_allowed(self, root, one):
         bad = BAD_TEXTS.get(one.kind, ("none-of-these",) if one.choices else ())
-        outside = [f"{limit:.0f}" for limit in (one.low is not None and one.low - 1, one.high is not None and one.high + 1)
+        outside = [f"{limit:.0f}"
+                   for limit in (one.low is not None and one.low - 1, one.high is not None and one.high + 1)
                    if limit is not False]
         for text in (*filter(str.strip, bad), *outside):
             message = load_error(root, **{one.variable: text})
@@ -1076,7 +1102,8 @@ class TestConfig:
         for choice in one.choices:
             assert choice in one.allowed()
 
-    @pytest.mark.parametrize("one", [one for one in lm.SETTINGS if one.low is not None], ids=lambda one: one.variable)
+    @pytest.mark.parametrize("one", [one for one in lm.SETTINGS if one.low is not None],
+                             ids=lambda one: one.variable)
     def test_bounds_are_allowed_themselves(self, one):
         for limit in filter(lambda limit: limit is not None, (one.low, one.high)):
             assert one.parse(f"{limit:g}" if one.kind == "float" else f"{limit:.0f}") == limit
@@ -1106,7 +1133,8 @@ class TestConfig:
         assert load(root, HOST="0.0.0.0", LUKHAS_MCP_API_KEYS="secret").host == "0.0.0.0"
 
     @pytest.mark.parametrize(("name", "near"), [
-        ("LUKHAS_MCP_API_KEY", "LUKHAS_MCP_API_KEYS"), ("PROM_URI", "PROM_URL"), ("MCP_RL_BUCKETS", "MCP_RL_BUCKET"),
+        ("LUKHAS_MCP_API_KEY", "LUKHAS_MCP_API_KEYS"), ("PROM_URI", "PROM_URL"),
+        ("MCP_RL_BUCKETS", "MCP_RL_BUCKET"),
         ("LUKHAS_MCP_READONLY", "LUKHAS_MCP_READ_ONLY"), ("PROM_QUERY_LATENCY", "PROM_QUERY_LAT")])
     def test_an_unknown_variable_is_a_warning_with_the_nearest(self, root, name, near):
         (warning,) = load(root, **{name: "s3cret"}).warnings
@@ -1131,18 +1159,22 @@ class TestConfig:
         config = load(root)
         assert config.prom_q_lat == ('histogram_quantile(0.95, sum(rate(model_latency_bucket{gate="$__gate"}'
                                      "[$__window])) by (le))")
-        assert config.prom_q_err == ('(sum(rate(model_errors_total{gate="$__gate"}[$__window])) or vector(0)) / '
-                                     'sum(rate(model_requests_total{gate="$__gate"}[$__window]))')
+        assert config.prom_q_err == (
+            '(sum(rate(model_errors_total{gate="$__gate"}[$__window])) or vector(0)) / '
+            'sum(rate(model_requests_total{gate="$__gate"}[$__window]))')
 
     @pytest.mark.parametrize(("text", "words"), [
         ("[settings]\nprot = 1\n", ("prot", "port")), ("[settings]\nport = 'x'\n", ("PORT", "'x'")),
         ("[settings]\nport = true\n", ("PORT", "'true'")), ("[settings]\nport = 80.5\n", ("PORT", "80.5")),
-        ("[settings]\nprotected_paths = [1]\n", ("protected_paths",)), ("[settings]\nname = {a = 1}\n", ("name",)),
+        ("[settings]\nprotected_paths = [1]\n", ("protected_paths",)),
+        ("[settings]\nname = {a = 1}\n", ("name",)),
         ("[settings]\nname = [['a']]\n", ("name",)), ("[settings]\nname = ['a']\n", ("name",)),
         ("[settings]\nread_only = 'perhaps'\n", ("READ_ONLY", "'perhaps'")),
         ("settings = 3\n", ("settings", "table")), ("[settings]\napi_keys = 'x'\n", ("api_keys",)),
-        ("[settings]\nprom_bearer = 'x'\n", ("prom_bearer",)), ("[settings]\nrepo_root = '/'\n", ("repo_root",)),
-        ("[settings]\nconfig = 'x'\n", ("config",)), ("[settings\n", ("TOML",)), ("\ufeff[settings]\n", ("TOML",))])
+        ("[settings]\nprom_bearer = 'x'\n", ("prom_bearer",)),
+        ("[settings]\nrepo_root = '/'\n", ("repo_root",)),
+        ("[settings]\nconfig = 'x'\n", ("config",)), ("[settings\n", ("TOML",)),
+        ("\ufeff[settings]\n", ("TOML",))])
     def test_a_wrong_file_is_refused_by_name(self, root, text, words):
         (root / "lukhas.toml").write_text(text, encoding="utf-8")
         message = load_error(root)
@@ -1165,7 +1197,8 @@ class TestConfig:
         (root / "token").write_text("  tok \n")
         config = load(root, LUKHAS_MCP_API_KEYS="eve:three", LUKHAS_MCP_API_KEYS_FILE=str(root / "keys"),
                       PROM_BEARER_FILE=str(root / "token"))
-        assert [key.name for key in lm.parse_keys(config.api_keys, "LUKHAS_MCP_API_KEYS")] == ["eve", "ann", "bob"]
+        assert [key.name for key in lm.parse_keys(config.api_keys, "LUKHAS_MCP_API_KEYS")] == ["eve", "ann",
+            "bob"]
         assert config.prom_bearer == "tok"
         assert load(root, PROM_BEARER="own", PROM_BEARER_FILE=str(root / "token")).prom_bearer == "own"
 
@@ -1200,7 +1233,8 @@ class TestConfig:
 
     def test_flags_are_unique_and_regular(self):
         flags = [one.flag for one in lm.SETTINGS if one.flag]
-        assert len(set(flags)) == len(flags) and all(re.fullmatch("--[a-z][a-z0-9-]*", flag) for flag in flags)
+        assert len(set(flags)) == len(flags)
+        assert all(re.fullmatch("--[a-z][a-z0-9-]*", flag) for flag in flags)
         assert {"--port", "--repo-root", "--db", "--api-keys-file", "--prom-bearer-file"} <= set(flags)
         assert all(one.text and not one.text.endswith(".") for one in lm.SETTINGS)
 
@@ -1221,7 +1255,8 @@ class TestConfig:
         assert load(tmp_path / "link").state_dir == load(root).state_dir
 
     def test_a_read_only_repository(self, root, monkeypatch):
-        monkeypatch.setattr(os, "access", lambda path, mode, **_: not (mode & os.W_OK and str(path) == str(root)))
+        monkeypatch.setattr(os, "access", lambda path, mode,
+                            **_: not (mode & os.W_OK and str(path) == str(root)))
         config = load(root)
         assert config.db.startswith(config.state_dir) and config.state_path.startswith(config.state_dir)
         assert any("read-only" in warning for warning in config.warnings)
@@ -1230,7 +1265,8 @@ class TestConfig:
 
     def test_paths_are_absolute(self, root, monkeypatch):
         monkeypatch.chdir(root)
-        config = lm.load_config({"db": "a/b.db", "state_path": "s.json", "state_dir": "st"}, {"HOME": "/home/x"})
+        config = lm.load_config({"db": "a/b.db", "state_path": "s.json", "state_dir": "st"},
+                                {"HOME": "/home/x"})
         assert (config.repo_root, config.db) == (str(root), str(root / "a/b.db"))
         assert (config.state_path, config.state_dir) == (str(root / "s.json"), str(root / "st"))
 
@@ -1293,12 +1329,15 @@ class TestPlan:
     def test_the_example_of_the_wire_contract(self):
         plan = lm.parse_plan(PLAN_TEXT)
         assert plan.tasks["unit"] == lm.Task(
-            "unit", ("python3", "-m", "pytest", "-q", "--junitxml={out}/junit.xml"), 900.0, "n/N", "junit:{out}/junit.xml",
+            "unit", ("python3", "-m", "pytest", "-q", "--junitxml={out}/junit.xml"), 900.0, "n/N",
+            "junit:{out}/junit.xml",
             (0, 5), "results.pass_rate", 0.95, {"A": "b"})
         assert plan.configs["ci"] == lm.EvalConfig("ci", {"CI": "1"}, ("-x",))
         assert plan.gates["production"] == lm.GateLimits(
-            "production", 500.0, 0.01, 300.0, 500, ("guarded",), "canary", ("eval:unit",), {"lat": "up", "err": "down"})
-        assert plan.hooks["mesh"] == lm.Hook("mesh", "webhook", "https://example.org/hook", (), "/run/secret", 10.0)
+            "production", 500.0, 0.01, 300.0, 500, ("guarded",), "canary", ("eval:unit",),
+            {"lat": "up", "err": "down"})
+        assert plan.hooks["mesh"] == lm.Hook("mesh", "webhook", "https://example.org/hook", (), "/run/secret",
+                                             10.0)
         assert plan.defaults == {"onStart": ("mesh",), "onPromote": ("mesh",), "onRollback": ("mesh",)}
 
     def test_hooks_are_named_by_moment_one_or_several(self):
@@ -1314,18 +1353,23 @@ class TestPlan:
 
     @pytest.mark.parametrize(("text", "words"), [
         ("[hooks.a]", ("hooks.a.url", "''", "http(s)://host")), ("[hooks.a]\nurl='ftp://x'", ("ftp://x",)),
-        ("[hooks.a]\nurl='http://u:p@x'", ("without a user",)), ("[hooks.a]\nkind='command'", ("hooks.a", "a list such as")),
+        ("[hooks.a]\nurl='http://u:p@x'", ("without a user",)),
+        ("[hooks.a]\nkind='command'", ("hooks.a", "a list such as")),
         ("[hooks.a]\nkind='command'\ncommand=['x']\nurl='http://x'", ("neither url",)),
         ("[hooks.a]\nkind='notify'\nurl='http://x'\ncommand=['x']", ("a notify hook", "no command")),
         ("[hooks.a]\nurl='http://x'\nmoments=['onstart']", ("hooks.a.moments", "'onstart'", "onStart")),
-        ("[hooks.a]\nurl='http://x'\nmoments=['onPromote']\n[defaults]\nonStart='a'", ("defaults.onStart", "onPromote only")),
+        ("[hooks.a]\nurl='http://x'\nmoments=['onPromote']\n[defaults]\nonStart='a'",
+         ("defaults.onStart", "onPromote only")),
         ("[gates.a]\nrequires=['unit']", ("gates.a.requires", "'unit'", "eval:TASK")),
         ("[gates.a]\nrevert='now'", ("gates.a.revert", "'now'", "propose, auto")),
-        ("[task.a]", ("task", "tasks")), ("[tasks.a]\ncommand=['x']\ntimeout=1", ("tasks.a", "timeout", "timeout_seconds")),
+        ("[task.a]", ("task", "tasks")),
+        ("[tasks.a]\ncommand=['x']\ntimeout=1", ("tasks.a", "timeout", "timeout_seconds")),
         ("[gates.a]\nmax_eror_rate=0.1", ("gates.a", "max_eror_rate", "max_error_rate")),
-        ("[configs.a]\narg=['x']", ("configs.a", "arg", "args")), ("[hooks.a]\nuri='x'", ("hooks.a", "uri", "url")),
+        ("[configs.a]\narg=['x']", ("configs.a", "arg", "args")),
+        ("[hooks.a]\nuri='x'", ("hooks.a", "uri", "url")),
         ("[defaults]\non_start='x'", ("on_start", "onStart")), ("[tasks.a]", ("tasks.a", "command")),
-        ("[tasks.a]\ncommand=[]", ("tasks.a", "command")), ("[tasks.a]\ncommand='x'", ("tasks.a.command", "list of texts")),
+        ("[tasks.a]\ncommand=[]", ("tasks.a", "command")),
+        ("[tasks.a]\ncommand='x'", ("tasks.a.command", "list of texts")),
         ("[tasks.a]\ncommand=['x', 1]", ("tasks.a.command", "list of texts")),
         ("[tasks.a]\ncommand=['x']\ntimeout_seconds=0", ("tasks.a.timeout_seconds", "0", "over 0")),
         ("[tasks.a]\ncommand=['x']\ntimeout_seconds=-1", ("timeout_seconds", "-1")),
@@ -1336,15 +1380,18 @@ class TestPlan:
         ("[tasks.a]\ncommand=['x']\nok_codes=0", ("ok_codes", "list of whole numbers")),
         ("[tasks.a]\ncommand=['x']\nok_codes=[true]", ("ok_codes", "list of whole numbers")),
         ("[tasks.a]\ncommand=['x']\nenv={A=1}", ("tasks.a.env", "table of texts")),
-        ("[gates.a]\nmin_requests=1.5", ("gates.a.min_requests", "1.5")), ("[gates.a]\nmax_error_rate=-0.1", ("-0.1",)),
+        ("[gates.a]\nmin_requests=1.5", ("gates.a.min_requests", "1.5")),
+        ("[gates.a]\nmax_error_rate=-0.1", ("-0.1",)),
         ("[gates.a]\npromote='later'", ("gates.a.promote", "'later'", "direct, canary, approve")),
         ("[gates.a]\nmodes=['fast']", ("gates.a.modes", "'fast'", "guarded")),
         ("[hooks.a]\nkind='mail'", ("hooks.a.kind", "'mail'", "webhook, command, notify")),
         ("[defaults]\nonStart='x'", ("onStart", "'x'")), ("[defaults]\nonStart=['x']", ("onStart",)),
         ("[defaults]\nonStart={}", ("onStart",)), ("defaults=1", ("defaults", "table")),
-        ("tasks=1", ("tasks",)), ("[tasks]\na=1", ("tasks.a", "table")), ("[tasks.'a b']\ncommand=['x']", ("a b",)),
+        ("tasks=1", ("tasks",)), ("[tasks]\na=1", ("tasks.a", "table")),
+        ("[tasks.'a b']\ncommand=['x']", ("a b",)),
         ("[gates.'']", ("gates.''",)), ('[gates."a\\nb"]', ("gates.",)),
-        ("[tasks.a]\nname='b'\ncommand=['x']", ("tasks.a", "name")), ("[a", ("TOML",)), ("a=1\na=2", ("TOML",))])
+        ("[tasks.a]\nname='b'\ncommand=['x']", ("tasks.a", "name")), ("[a", ("TOML",)),
+        ("a=1\na=2", ("TOML",))])
     def test_what_is_wrong_is_named(self, text, words):
         with pytest.raises(lm.ConfigError) as caught:
             lm.parse_plan(text, "the-file.toml")
@@ -1366,13 +1413,16 @@ class TestPlan:
 # ==============================================================================
 
 
-NESTED = lm.shape(("id",), id=lm.string("The id.", is_id=True), limit=lm.integer("", 1, 50, 5), rate=lm.number("", 0, 1),
+NESTED = lm.shape(("id",), id=lm.string("The id.", is_id=True), limit=lm.integer("", 1, 50, 5),
+                  rate=lm.number("", 0, 1),
                   dry=lm.boolean("", False), words=lm.array(lm.string(max_length=3), "", 2),
                   mode=lm.string("", choices=("fast", "slow")),
-                  policy=lm.mapping("", targets=lm.mapping("", lat=lm.number("", 1))), free=lm.anything("Anything."),
+                  policy=lm.mapping("", targets=lm.mapping("", lat=lm.number("", 1))),
+                  free=lm.anything("Anything."),
                   window=lm.anything("", "number", "null"), text=lm.string(min_length=1, max_length=5))
 ANY_JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3))
+                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5),
+                            inner, max_size=3))
 
 
 class TestSchema:
@@ -1380,7 +1430,8 @@ class TestSchema:
 
     @pytest.mark.parametrize(("given", "fitted"), [
         ({"id": "a"}, {"id": "a", "limit": 5, "dry": False}),
-        ({"id": 7}, {"id": "7", "limit": 5, "dry": False}), ({"id": 7.0}, {"id": "7", "limit": 5, "dry": False}),
+        ({"id": 7}, {"id": "7", "limit": 5, "dry": False}),
+        ({"id": 7.0}, {"id": "7", "limit": 5, "dry": False}),
         ({"id": 1.5}, {"id": "1.5", "limit": 5, "dry": False}),
         ({"id": "a", "limit": 0}, {"id": "a", "limit": 1, "dry": False}),
         ({"id": "a", "limit": 10 ** 30}, {"id": "a", "limit": 50, "dry": False}),
@@ -1402,16 +1453,25 @@ class TestSchema:
         ({}, ["id is required: The id."]), ({"id": None}, ["id is required"]), ({"id": ""}, ["id is ''"]),
         ({"id": "a b"}, ["id is 'a b'", "at most 128"]), ({"id": True}, ["id is True", "a text"]),
         ({"id": ["a"]}, ["id is list", "a text"]), ({"id": {}}, ["id is dict"]), ({"id": -1}, ["id is '-1'"]),
-        ({"id": "a", "limit": "5"}, ["limit is '5'", "a whole number"]), ({"id": "a", "limit": 2.5}, ["limit is 2.5"]),
-        ({"id": "a", "limit": True}, ["limit is True"]), ({"id": "a", "dry": 1}, ["dry is 1", "true or false"]),
-        ({"id": "a", "dry": "true"}, ["dry is 'true'"]), ({"id": "a", "rate": "0.5"}, ["rate is '0.5'", "a number"]),
-        ({"id": "a", "words": "x"}, ["words is 'x'", "a list"]), ({"id": "a", "words": ["abcd"]}, ["words[0]", "at most 3"]),
-        ({"id": "a", "words": ["x", None]}, ["words[1]"]), ({"id": "a", "words": ["x"] * 3}, ["3 entries", "at most 2"]),
-        ({"id": "a", "mode": "Fast"}, ["mode is 'Fast'", "fast, slow"]), ({"id": "a", "mode": ["fast"]}, ["mode"]),
+        ({"id": "a", "limit": "5"}, ["limit is '5'", "a whole number"]),
+        ({"id": "a", "limit": 2.5}, ["limit is 2.5"]),
+        ({"id": "a", "limit": True}, ["limit is True"]),
+        ({"id": "a", "dry": 1}, ["dry is 1", "true or false"]),
+        ({"id": "a", "dry": "true"}, ["dry is 'true'"]),
+        ({"id": "a", "rate": "0.5"}, ["rate is '0.5'", "a number"]),
+        ({"id": "a", "words": "x"}, ["words is 'x'", "a list"]),
+        ({"id": "a", "words": ["abcd"]}, ["words[0]", "at most 3"]),
+        ({"id": "a", "words": ["x", None]}, ["words[1]"]),
+        ({"id": "a", "words": ["x"] * 3}, ["3 entries", "at most 2"]),
+        ({"id": "a", "mode": "Fast"}, ["mode is 'Fast'", "fast, slow"]),
+        ({"id": "a", "mode": ["fast"]}, ["mode"]),
         ({"id": "a", "policy": {"targets": {"lat": "x"}}}, ["policy.targets.lat is 'x'"]),
-        ({"id": "a", "policy": [1]}, ["policy is list", "an object"]), ({"id": "a", "text": ""}, ["text", "at least 1"]),
+        ({"id": "a", "policy": [1]}, ["policy is list", "an object"]),
+        ({"id": "a", "text": ""}, ["text", "at least 1"]),
         ({"id": "a", "text": "123456"}, ["text has 6 characters", "at most 5"]),
-        ({"id": "x\ny" * 400}, ["id is"]), ({"id": "a", "text": "\ud800"}, ["text is '\\ud800'", "valid Unicode"]), ([], ["the value is list", "an object"]), ("x", ["the value is 'x'"])])
+        ({"id": "x\ny" * 400}, ["id is"]),
+        ({"id": "a", "text": "\ud800"}, ["text is '\\ud800'", "valid Unicode"]),
+        ([], ["the value is list", "an object"]), ("x", ["the value is 'x'"])])
     def test_problems(self, given, words):
         _, problems = lm.validate(given, NESTED)
         assert len(problems) == 1 and all(word in problems[0] for word in words), problems
@@ -1433,7 +1493,8 @@ class TestSchema:
             assert lm.validate(fitted, NESTED) == (fitted, []), "what fits once, fits again unchanged"
 
     @pytest.mark.parametrize(("value", "schema"), [
-        (float("nan"), lm.integer("", 1, 5)), (float("inf"), lm.integer("", 1, 5)), (float("nan"), lm.string()),
+        (float("nan"), lm.integer("", 1, 5)), (float("inf"), lm.integer("", 1, 5)),
+        (float("nan"), lm.string()),
         (float("inf"), lm.string()), (10 ** 400, lm.number("", 0, 1)), (10 ** 400, lm.string())])
     def test_numbers_at_the_edge(self, value, schema):
         fitted, problems = lm.validate(value, schema, "x")
@@ -2497,8 +2558,10 @@ class TestAccess:
 # ==============================================================================
 
 
-AUDIT_ROWS = st.lists(st.tuples(st.text(max_size=6), st.text(max_size=6), st.text(max_size=20)), min_size=1, max_size=8)
-NARRATIVE_LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d\] actor=[A-Za-z0-9._:/@+-]* action=[A-Za-z0-9._:/@+-]* details=(.*)")
+AUDIT_ROWS = st.lists(st.tuples(st.text(max_size=6), st.text(max_size=6), st.text(max_size=20)), min_size=1,
+                      max_size=8)
+NARRATIVE_LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d\] actor=[A-Za-z0-9._:/@+-]* "
+                            r"action=[A-Za-z0-9._:/@+-]* details=(.*)")
 
 
 def chain_rows(contents, originals=0):
@@ -2506,7 +2569,8 @@ def chain_rows(contents, originals=0):
     rows = [lm.AuditRow(at, "2025-01-01T00:00:00.000Z", "mcp", "promote_model", f'{{"at":{at}}}')
             for at in range(1, originals + 1)]
     previous = lm.GENESIS
-    adoption = [("system", "audit_adopt", json.dumps({"digest": lm.adoption_digest(rows)}))] if originals else []
+    adoption = [("system", "audit_adopt",
+                 json.dumps({"digest": lm.adoption_digest(rows)}))] if originals else []
     for actor, action, payload in [*adoption, *contents]:
         row = lm.AuditRow(len(rows) + 1, "2025-01-02T00:00:00.000Z", actor, action, payload)
         previous = lm.chain_hash(previous, row)
@@ -2526,7 +2590,7 @@ class TestChain:
     def test_a_whole_log_has_no_fault(self, contents, originals):
         rows = chain_rows(contents, originals)
         assert lm.find_chain_fault(rows) is None
-        assert lm.find_chain_fault(rows[:originals + 1]) is None, "a shorter one neither: truncation is not excluded"
+        assert lm.find_chain_fault(rows[:originals + 1]) is None, "nor has a shorter one"
         assert lm.find_chain_fault([]) is None
 
     @hypothesis.given(AUDIT_ROWS, st.integers(0, 3), st.data())
@@ -2539,12 +2603,14 @@ class TestChain:
             new = "0" * 64
         else:
             new = old + 1000 if key == "audit_id" else chance.draw(
-                st.text("abc019{}\"", max_size=20).filter(lambda text: text != old)) if key != "digest" else None
+                st.text("abc019{}\"",
+                        max_size=20).filter(lambda text: text != old)) if key != "digest" else None
         rows[at] = dataclasses.replace(rows[at], **{key: new})
         fault = lm.find_chain_fault(sorted(rows, key=lambda row: row.audit_id) if key == "audit_id" else rows)
         assert fault
         named = {int(one) for one in re.findall(r"row (?:from )?(\d+)", fault)} | {
-            one for first, last in re.findall(r"from (\d+) to (\d+)", fault) for one in range(int(first), int(last) + 1)}
+            one for first, last in re.findall(r"from (\d+) to (\d+)", fault)
+            for one in range(int(first), int(last) + 1)}
         near = (*(range(1, originals + 3) if at <= originals else (at, at + 1, at + 2)), at + 1001)
         assert named & set(near), (fault, at + 1, key)
 
@@ -2554,12 +2620,16 @@ class TestChain:
         at = chance.draw(st.integers(0, len(rows) - 2))  # the last one alone is a truncation
         assert lm.find_chain_fault(rows[:at] + rows[at + 1:])
         first, second = rows[at], rows[at + 1]
-        swapped = [dataclasses.replace(second, audit_id=first.audit_id), dataclasses.replace(first, audit_id=second.audit_id)]
+        swapped = [dataclasses.replace(second, audit_id=first.audit_id),
+                   dataclasses.replace(first, audit_id=second.audit_id)]
         assert lm.find_chain_fault(rows[:at] + swapped + rows[at + 2:])
-        forged = lm.AuditRow(at + 1, rows[at].ts, "me", "forged", "{}", chance.draw(st.sampled_from([None, "f" * 64])))
+        forged = lm.AuditRow(at + 1, rows[at].ts, "me", "forged", "{}",
+                             chance.draw(st.sampled_from([None, "f" * 64])))
         moved = [dataclasses.replace(row, audit_id=row.audit_id + 1) for row in rows[at:]]
         assert lm.find_chain_fault(rows[:at] + [forged] + moved)
-        own = dataclasses.replace(forged, digest=lm.chain_hash(rows[at - 1].digest or lm.GENESIS if at else lm.GENESIS, forged))
+        own = dataclasses.replace(forged,
+                                  digest=lm.chain_hash(rows[at - 1].digest or lm.GENESIS if at
+                                                       else lm.GENESIS, forged))
         assert lm.find_chain_fault(rows[:at] + [own] + moved), "a row with a right hash breaks the next one"
 
     def test_the_place_is_exact(self):
@@ -2577,7 +2647,8 @@ class TestChain:
         assert lm.find_chain_fault([*rows[:1], dataclasses.replace(rows[1], payload="{}"), *rows[2:]])
         assert "row 1 " in lm.find_chain_fault(rows[:3]), "not adopted"
         later = lm.AuditRow(6, "2025-01-03", "mcp", "promote_model", "{}")  # the original ran again
-        adopted = lm.AuditRow(7, "2025-01-04", "system", "audit_adopt", json.dumps({"digest": lm.adoption_digest([later])}))
+        adopted = lm.AuditRow(7, "2025-01-04", "system", "audit_adopt",
+                              json.dumps({"digest": lm.adoption_digest([later])}))
         twice = [*rows, later, dataclasses.replace(adopted, digest=lm.chain_hash(rows[-1].digest, adopted))]
         assert lm.find_chain_fault(twice) is None and lm.find_chain_fault([*rows, twice[-1]])
 
@@ -2599,16 +2670,21 @@ class TestChain:
          '[2025-10-04 08:15] actor=system action=canary_promote details={"canaryId":"canary_1"}'),
         ("2025-10-04 08:15:00", None, "a", None, "[2025-10-04 08:15] actor=system action=a details={}"),
         ("2025-10-04T10:15:00+02:00", "mcp", "a", "", "[2025-10-04 08:15] actor=mcp action=a details={}"),
-        ("2025-10-04 08:15:00", "a", "b", "no json", '[2025-10-04 08:15] actor=a action=b details={"raw":"no json"}'),
-        ("2025-10-04 08:15:00", "a", "b", '{"a":NaN}', '[2025-10-04 08:15] actor=a action=b details={"raw":"{\\"a\\":NaN}"}'),
-        ("2025-10-04 08:15:00", "a", "b", '{"a":1e999}', '[2025-10-04 08:15] actor=a action=b details={"raw":"{\\"a\\":1e999}"}'),
-        ("2025-10-04 08:15:00", "x y", "b c", '{"\u00e9":1}', '[2025-10-04 08:15] actor=x_y action=b_c details={"\\u00e9":1}'),
+        ("2025-10-04 08:15:00", "a", "b", "no json",
+         '[2025-10-04 08:15] actor=a action=b details={"raw":"no json"}'),
+        ("2025-10-04 08:15:00", "a", "b", '{"a":NaN}',
+         '[2025-10-04 08:15] actor=a action=b details={"raw":"{\\"a\\":NaN}"}'),
+        ("2025-10-04 08:15:00", "a", "b", '{"a":1e999}',
+         '[2025-10-04 08:15] actor=a action=b details={"raw":"{\\"a\\":1e999}"}'),
+        ("2025-10-04 08:15:00", "x y", "b c", '{"\u00e9":1}',
+         '[2025-10-04 08:15] actor=x_y action=b_c details={"\\u00e9":1}'),
         ("yesterday", "a", "b", "{}", "[1970-01-01 00:00] actor=a action=b details={}")])
     def test_narrative_lines(self, ts, actor, action, payload, line):
         assert lm.narrative_line(ts, actor, action, payload) == line
 
     @hypothesis.given(st.text(max_size=10), st.text(max_size=10), st.text(max_size=30) | st.builds(
-        json.dumps, ANY_JSON), st.sampled_from(["\n", "\u2028", "\u2029", "\u202e", "\x85", '"', "] actor=x", "\x1b[2K", ""]))
+        json.dumps, ANY_JSON), st.sampled_from(["\n", "\u2028", "\u2029", "\u202e", "\x85", '"', "] actor=x",
+                                                "\x1b[2K", ""]))
     def test_no_text_can_forge_a_line(self, actor, action, payload, evil):
         payload = json.dumps({"message": evil + payload}) if evil else payload
         line = lm.narrative_line("2025-10-04T08:15:00.000Z", actor + evil, action + evil, payload)
@@ -2853,7 +2929,8 @@ def open_and_close(path, **options):
 def run_python(code, *arguments):
     """A process that runs a script which knows `lm`; its stdout is a pipe."""
     prelude = f"import sys; sys.path[:0] = [{str(HERE)!r}]\nimport asyncio, lukhas_mcp as lm\n"
-    return subprocess.Popen([*python_command(), "-c", prelude + code, *map(str, arguments)], stdout=subprocess.PIPE,
+    return subprocess.Popen([*python_command(), "-c", prelude + code, *map(str, arguments)],
+                            stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)
 
 
@@ -2885,7 +2962,8 @@ class TestTables:
         assert after | {"audits": after["audits"][:3]} == before
         assert adoption[2:4] == ("system", "audit_adopt") and adoption[0] == 4
         details = json.loads(adoption[4])
-        assert (details["rows"], details["from"], details["to"]) == (3, 1, 3) and "3 audit rows" in details["message"]
+        assert (details["rows"], details["from"], details["to"]) == (3, 1, 3)
+        assert "3 audit rows" in details["message"]
         assert lm.verify_file(str(path)) is None
         change_rows(path, "UPDATE audits SET payload_json='{}' WHERE id=2")
         assert "1 to 3" in lm.verify_file(str(path))
@@ -2898,7 +2976,8 @@ class TestTables:
         assert "row 5 has no hash" in lm.verify_file(str(path))
         open_and_close(path)
         assert lm.verify_file(str(path)) is None
-        assert read_rows(path, "SELECT id, action FROM audits WHERE id>4") == [(5, "promote_model"), (6, "audit_adopt")]
+        assert read_rows(path, "SELECT id, action FROM audits WHERE id>4") == [(5, "promote_model"),
+            (6, "audit_adopt")]
 
     def test_a_trimmed_original_is_no_fault(self, tmp_path):
         """The counter of the ids remembers rows that somebody deleted before we came."""
@@ -2912,7 +2991,8 @@ class TestTables:
                 store.start()
                 stack.push_async_callback(store.stop)
                 for _ in range(2):
-                    await store.write(lambda tx: tx.record(lm.AuditRecord(lm.SYSTEM_ACTOR, "act", ("a",), "m")))
+                    await store.write(lambda tx: tx.record(lm.AuditRecord(lm.SYSTEM_ACTOR, "act", ("a",),
+                        "m")))
         run_async(story())
         assert lm.verify_file(str(path)) is None
 
@@ -2923,14 +3003,17 @@ class TestTables:
                 ("INSERT INTO jobs (job_id, task_id, config_id, status, started_at, updated_at, result_json) "
                  "VALUES (?,?,?,?,?,?,?) ON CONFLICT(job_id) DO UPDATE SET status=excluded.status",
                  ("job_1", "t", "c", "QUEUED", "2025", "2025", None)),
-                ("UPDATE jobs SET status=?, updated_at=?, result_json=? WHERE job_id=?", ("COMPLETED", "2026", "{}", "job_1")),
+                ("UPDATE jobs SET status=?, updated_at=?, result_json=? WHERE job_id=?",
+                 ("COMPLETED", "2026", "{}", "job_1")),
                 ("INSERT INTO models (model_id, promoted, promoted_at) VALUES (?,?,?) ON CONFLICT(model_id) DO UPDATE SET "
                  "promoted=excluded.promoted", ("m", 1, "2025")),
                 ("INSERT OR IGNORE INTO model_gates (model_id, gate) VALUES (?,?)", ("m", "prod")),
-                ("INSERT INTO audits (ts, actor, action, payload_json) VALUES (?,?,?,?)", ("2025", "mcp", "a", "{}")),
+                ("INSERT INTO audits (ts, actor, action, payload_json) VALUES (?,?,?,?)",
+                 ("2025", "mcp", "a", "{}")),
                 ("INSERT INTO canaries (canary_id, model_id, from_gate, to_gate, status, created_at, updated_at, policy_json) "
                  "VALUES (?,?,?,?,?,?,?,?)", ("canary_1", "m", "a", "b", "PENDING", "2025", "2025", "{}")),
-                ("UPDATE canaries SET status=?, updated_at=? WHERE canary_id=?", ("RUNNING", "2026", "canary_1")),
+                ("UPDATE canaries SET status=?, updated_at=? WHERE canary_id=?",
+                 ("RUNNING", "2026", "canary_1")),
                 ("INSERT INTO canary_metrics (canary_id, latency_p95_ms, error_rate, gate, source, raw_data) "
                  "VALUES (?,?,?,?,?,?)", ("canary_1", 1.5, 0.1, "b", "prometheus", "{}")),
                 ("INSERT INTO audits_narrative (event_type, entity_id, entity_type, message, operator, context) "
@@ -2956,10 +3039,12 @@ class TestTables:
 
     @pytest.mark.parametrize("journal", ["delete", "wal"])
     @pytest.mark.parametrize(("script", "words"), [
-        ("CREATE TABLE users (id INTEGER PRIMARY KEY, name TEXT); INSERT INTO users VALUES (1, 'a')", "another program"),
+        ("CREATE TABLE users (id INTEGER PRIMARY KEY, name TEXT); INSERT INTO users VALUES (1, 'a')",
+         "another program"),
         ("CREATE TABLE jobs (id INTEGER PRIMARY KEY, payload TEXT)", "another program"),
         (ORIGINAL_TABLES + "DROP TABLE canaries", "another program"),
-        (ORIGINAL_TABLES + "PRAGMA user_version=9", "newer version"), ("PRAGMA user_version=9", "newer version")])
+        (ORIGINAL_TABLES + "PRAGMA user_version=9", "newer version"),
+        ("PRAGMA user_version=9", "newer version")])
     def test_a_foreign_or_newer_database_is_left_alone(self, tmp_path, script, words, journal):
         path = make_database(tmp_path / "foreign.db", script, journal=journal)
         before = path.read_bytes()
@@ -3013,15 +3098,17 @@ class TestTables:
 
     def test_two_processes_may_bring_it_up_at_once(self, tmp_path):
         path = make_original(tmp_path)
-        processes = [run_python("lm.open_database(sys.argv[1], lm.SystemClock()).close()", path) for _ in range(3)]
-        assert [(process.communicate(timeout=30)[0], process.returncode) for process in processes] == [("", 0)] * 3
+        processes = [run_python("lm.open_database(sys.argv[1], lm.SystemClock()).close()", path)
+                     for _ in range(3)]
+        assert [(process.communicate(timeout=30)[0], process.returncode)
+                for process in processes] == [("", 0)] * 3
         assert lm.verify_file(str(path)) is None
         assert read_rows(path, "SELECT count(*) FROM audits") == [(4,)]
 
     def test_verifying_changes_nothing(self, tmp_path):
         """Also not by moving what stands in the write-ahead log of a process that died."""
         path = make_original(tmp_path)
-        code = "c = lm.open_database(sys.argv[1], lm.SystemClock()); print('up', flush=True); sys.stdin.read()"
+        code = "c = lm.open_database(sys.argv[1], lm.SystemClock())\nprint('up', flush=True)\nsys.stdin.read()"
         process = run_python(code, path)
         assert process.stdout.readline() == "up\n"
         process.kill()
@@ -3029,7 +3116,8 @@ class TestTables:
         before = {one.name: one.read_bytes() for one in tmp_path.iterdir() if not one.name.endswith("-shm")}
         assert len(before["original.db-wal"]) > 0
         assert lm.verify_file(str(path)) is None
-        assert {one.name: one.read_bytes() for one in tmp_path.iterdir() if not one.name.endswith("-shm")} == before
+        assert {one.name: one.read_bytes() for one in tmp_path.iterdir()
+                if not one.name.endswith("-shm")} == before
 
     @pytest.mark.parametrize(("content", "words"), [(None, "no file"), (b"no database" * 99, "read")])
     def test_verifying_what_is_no_database(self, tmp_path, content, words):
@@ -3060,14 +3148,16 @@ class TestTables:
 
 def make_job(at=1, **changes):
     """A job, the `at`-th of a test."""
-    return dataclasses.replace(lm.Job(f"job_{at:08}", "t", "c", lm.JobStatus.QUEUED, f"2025-01-01T00:00:{at % 60:02}.000Z",
+    return dataclasses.replace(lm.Job(f"job_{at:08}", "t", "c", lm.JobStatus.QUEUED,
+                                      f"2025-01-01T00:00:{at % 60:02}.000Z",
                                       "2025-01-01T00:00:00.000Z"), **changes)
 
 
 def make_canary(at=1, **changes):
     """A canary, the `at`-th of a test."""
     return dataclasses.replace(lm.Canary(
-        f"canary_{at:08}", "m", "stage", "prod", lm.CanaryStatus.PENDING, f"2025-01-01T00:00:{at % 60:02}.000Z",
+        f"canary_{at:08}", "m", "stage", "prod", lm.CanaryStatus.PENDING,
+        f"2025-01-01T00:00:{at % 60:02}.000Z",
         "2025-01-01T00:00:00.000Z", {"windowSeconds": 20}, {"mode": "bake"}, started_s=5.0), **changes)
 
 
@@ -3089,7 +3179,8 @@ async def story():
     async def write(at):
         def work(tx):
             event = tx.publish("job", f"job_{sys.argv[2]}_{at}", "step", {"at": at})
-            return tx.record(lm.AuditRecord(lm.SYSTEM_ACTOR, "act", (f"id_{sys.argv[2]}_{at}",), "m")), event.event_id
+            record = lm.AuditRecord(lm.SYSTEM_ACTOR, "act", (f"id_{sys.argv[2]}_{at}",), "m")
+            return tx.record(record), event.event_id
         audit_id, event_id = await store.write(work)
         print(audit_id, event_id, flush=True)
     for begin in range(0, int(sys.argv[3]), 20):
@@ -3105,17 +3196,22 @@ class TestStore:
     def test_jobs_come_back_as_they_went_in(self, tmp_path):
         async def story():
             async with open_store(tmp_path) as store:
-                job = make_job(1, result={"a": "\u2028"}, reason="r", actor="me", idempotency_key="k", progress={"done": 1})
+                job = make_job(1, result={"a": "\u2028"}, reason="r", actor="me", idempotency_key="k",
+                               progress={"done": 1})
                 await store.write(lambda tx: tx.insert_job(job))
                 assert store.find_job(job.job_id) == job == store.find_job_by_key("k", "me")
                 assert store.find_job_by_key("k", "other") is None and store.find_job("job_x") is None
                 moved = await store.write(lambda tx: tx.move_job(
-                    job.job_id, (lm.JobStatus.QUEUED,), status=lm.JobStatus.RUNNING, progress={"done": 2}, reason=None))
-                assert (moved.status, moved.progress, moved.reason) == (lm.JobStatus.RUNNING, {"done": 2}, None)
+                    job.job_id, (lm.JobStatus.QUEUED,), status=lm.JobStatus.RUNNING, progress={"done": 2},
+                    reason=None))
+                assert (moved.status, moved.progress, moved.reason) == (lm.JobStatus.RUNNING, {"done": 2},
+                                                                        None)
                 assert moved.updated_at > job.updated_at and moved == store.find_job(job.job_id)
-                late = await store.write(lambda tx: tx.move_job(job.job_id, (lm.JobStatus.QUEUED,), status="CANCELLED"))
+                late = await store.write(lambda tx: tx.move_job(job.job_id, (lm.JobStatus.QUEUED,),
+                                                                status="CANCELLED"))
                 assert late is None and store.find_job(job.job_id) == moved, "somebody else was first"
-                assert await store.write(lambda tx: tx.move_job("job_x", ("QUEUED",), status="RUNNING")) is None
+                assert await store.write(lambda tx: tx.move_job("job_x", ("QUEUED",),
+                                                                status="RUNNING")) is None
         run_async(story())
 
     def test_lists_are_newest_first_and_bounded(self, tmp_path):
@@ -3123,8 +3219,10 @@ class TestStore:
             async with open_store(tmp_path) as store:
                 for at in (2, 1, 3, 4):
                     status = lm.JobStatus.RUNNING if at % 2 else lm.JobStatus.QUEUED
-                    await store.write(lambda tx, at=at, status=status: tx.insert_job(make_job(at, status=status)))
-                    await store.write(lambda tx, at=at: tx.insert_canary(make_canary(at, to_gate=f"g{at % 2}")))
+                    await store.write(lambda tx, at=at,
+                                      status=status: tx.insert_job(make_job(at, status=status)))
+                    await store.write(lambda tx,
+                                      at=at: tx.insert_canary(make_canary(at, to_gate=f"g{at % 2}")))
                 assert [job.job_id[-1] for job in store.list_jobs()] == ["4", "3", "2", "1"]
                 assert [job.job_id[-1] for job in store.list_jobs(1, (lm.JobStatus.RUNNING,))] == ["3"]
                 assert [one.canary_id[-1] for one in store.list_canaries(gate="g1")] == ["3", "1"]
@@ -3133,7 +3231,8 @@ class TestStore:
         run_async(story())
 
     def test_canaries_and_samples_come_back(self, tmp_path):
-        samples = [lm.Sample(1, 10.0, "2025-01-01T00:00:10.000Z", 100.5, 0.01, "prometheus", None, 50.0, (50.0, 1.0, 3.0),
+        samples = [lm.Sample(1, 10.0, "2025-01-01T00:00:10.000Z", 100.5, 0.01, "prometheus", None, 50.0,
+                             (50.0, 1.0, 3.0),
                              "continue", {"query": "up"}),
                    lm.Sample(2, 20.0, "2025-01-01T00:00:20.000Z", 9999.0, 1.0, "conservative", "empty")]
 
@@ -3143,14 +3242,16 @@ class TestStore:
                 await store.write(lambda tx: tx.insert_canary(canary))
                 assert store.find_canary(canary.canary_id) == canary == store.find_canary_by_key("k", "me")
                 moved = await store.write(lambda tx: tx.move_canary(
-                    canary.canary_id, ("PENDING",), status=lm.CanaryStatus.RUNNING, effective={"mode": "guarded"}, started_s=7.5))
+                    canary.canary_id, ("PENDING",), status=lm.CanaryStatus.RUNNING,
+                    effective={"mode": "guarded"}, started_s=7.5))
                 assert (moved.effective, moved.started_s) == ({"mode": "guarded"}, 7.5)
                 for sample in samples:
                     await store.write(lambda tx, sample=sample: tx.add_sample(moved, sample))
                 assert store.load_samples(canary.canary_id) == samples
                 assert store.load_samples(canary.canary_id, after_tick=1) == samples[1:]
                 assert store.load_samples(canary.canary_id, limit=1) == samples[:1]
-                rows = read_rows(store.path, "SELECT canary_id, created_at, latency_p95_ms, error_rate, gate, source "
+                rows = read_rows(store.path,
+                                 "SELECT canary_id, created_at, latency_p95_ms, error_rate, gate, source "
                                              "FROM canary_metrics")
                 assert rows[0] == (canary.canary_id, "2025-01-01 00:00:10", 100.5, 0.01, "prod", "prometheus")
         run_async(story())
@@ -3158,13 +3259,15 @@ class TestStore:
     def test_promotions(self, tmp_path):
         async def story():
             async with open_store(tmp_path, FakeClock()) as store:
-                assert store.find_model("m") is None and store.gates_of("m") == [] and store.holder_of("prod") is None
+                assert store.find_model("m") is None and store.gates_of("m") == []
+                assert store.holder_of("prod") is None
                 assert await store.write(lambda tx: tx.promote("m", "stage")) is True
                 assert await store.write(lambda tx: tx.promote("m", "prod")) is True
                 assert await store.write(lambda tx: tx.promote("n", "prod")) is True
                 assert await store.write(lambda tx: tx.promote("m", "prod")) is False
                 assert store.gates_of("m") == ["stage", "prod"] and store.known_gates() == ["prod", "stage"]
-                assert store.holder_of("prod") == {"modelId": "m", "promotedAt": lm.utc_text(FakeClock().now_s())}
+                assert store.holder_of("prod") == {"modelId": "m",
+                                                   "promotedAt": lm.utc_text(FakeClock().now_s())}
                 assert store.find_model("m")["promoted"] is True and store.models_at("prod") == ["m", "n"]
         run_async(story())
 
@@ -3177,15 +3280,20 @@ class TestStore:
                 assert (job.status, job.result["metrics"]) == (lm.JobStatus.COMPLETED, {"accuracy": 0.91})
                 assert store.find_job("job_0000000b").status == lm.JobStatus.DRY_RUN
                 canary = store.find_canary("canary_0000000b")
-                assert canary.policy["windowSeconds"] == 20 and canary.started_s == lm.parse_utc("2025-06-01T10:00:34Z")
+                assert canary.policy["windowSeconds"] == 20
+                assert canary.started_s == lm.parse_utc("2025-06-01T10:00:34Z")
                 samples = store.load_samples("canary_0000000b")
-                assert [(one.tick, one.latency_p95_ms, one.source) for one in samples] == [(1, None, "sloMonitor"),
+                assert [(one.tick, one.latency_p95_ms, one.source)
+                        for one in samples] == [(1, None, "sloMonitor"),
                                                                                           (2, None, "sloMonitor")]
                 assert [one.to_wire()["tick"] for one in samples] == [1, 2]
-                assert store.holder_of("prod") == {"modelId": "model-a", "promotedAt": "2025-06-01T10:01:00.000Z"}
-                assert store.list_models() == [{"modelId": "model-a", "promoted": True, "gates": ["stage", "prod"],
+                assert store.holder_of("prod") == {"modelId": "model-a",
+                                                   "promotedAt": "2025-06-01T10:01:00.000Z"}
+                assert store.list_models() == [{"modelId": "model-a", "promoted": True,
+                                                "gates": ["stage", "prod"],
                                                 "promotedAt": "2025-06-01T10:01:00.000Z"}]
-                assert [row.action for row in store.load_audits("model-a")] == ["promote_model", "canary_abort", "canary_promote"]
+                assert [row.action for row in store.load_audits("model-a")] == ["promote_model",
+                    "canary_abort", "canary_promote"]
                 assert [row.action for row in store.load_audits("prod")] == ["canary_promote"]
                 told = [(row.action, row.actor) for row in store.load_audits("job_0000000a")]
                 assert told == [("queued", "system"), ("completed", "system")]
@@ -3198,19 +3306,23 @@ class TestStore:
     def test_an_audit_record_stands_in_every_table(self, tmp_path):
         async def story():
             async with open_store(tmp_path, FakeClock()) as store:
-                record = make_record(1, "model-a", "prod", details={"gate": "prod"}, input={"reason": "x\ny"}, kind="model")
+                record = make_record(1, "model-a", "prod", details={"gate": "prod"}, input={"reason": "x\ny"},
+                                     kind="model")
                 audit_id = await store.write(lambda tx: tx.record(record))
                 now = lm.utc_text(FakeClock().now_s())
                 (row,) = store.load_audits("prod")
                 assert (row.audit_id, row.ts, row.actor, row.action) == (audit_id, now, "me", "act")
-                assert json.loads(row.payload) == {"gate": "prod", "input": {"reason": "x\ny"}, "message": "sentence 1"}
+                assert json.loads(row.payload) == {"gate": "prod", "input": {"reason": "x\ny"},
+                                                   "message": "sentence 1"}
                 assert [one.audit_id for one in store.load_audits("model-a")] == [audit_id]
-                assert read_rows(store.path, "SELECT created_at, event_type, entity_id, entity_type, message, operator "
+                assert read_rows(store.path,
+                                 "SELECT created_at, event_type, entity_id, entity_type, message, operator "
                                              "FROM audits_narrative") == [
                     (now[:19].replace("T", " "), "act", "model-a", "model", "sentence 1", "me")]
                 (event,) = store.told
                 assert (event.kind, event.entity_id, event.step) == ("audit", str(audit_id), "act")
-                assert event.body["narrative"] == "sentence 1" and event.body["event"] == "act" and event.body["ts"] == now
+                assert event.body["narrative"] == "sentence 1" and event.body["event"] == "act"
+                assert event.body["ts"] == now
         run_async(story())
 
     def test_all_that_wait_share_a_commit(self, tmp_path):
@@ -3231,9 +3343,11 @@ class TestStore:
         assert lm.verify_file(str(tmp_path / "state.db")) is None
 
     @pytest.mark.parametrize("fail", [
-        lambda tx: 1 / 0, lambda tx: tx.insert_job(make_job(1)), lambda tx: tx.record(make_record(1, "\ud800")),
+        lambda tx: 1 / 0, lambda tx: tx.insert_job(make_job(1)),
+        lambda tx: tx.record(make_record(1, "\ud800")),
         lambda tx: tx.publish("job", "x", "s", {"a": float("nan")}),
-        lambda tx: tx.insert_job(make_job(9, reason=["no text"])), lambda tx: tx.move_job("job_x", (), nonsense=1)])
+        lambda tx: tx.insert_job(make_job(9, reason=["no text"])),
+        lambda tx: tx.move_job("job_x", (), nonsense=1)])
     def test_one_failure_undoes_nothing_but_itself(self, tmp_path, fail):
         def failing(tx):
             tx.insert_job(make_job(7))
@@ -3262,7 +3376,8 @@ class TestStore:
 
         async def story():
             async with open_store(tmp_path) as store:
-                store.publish = lambda events: seen.append(len(read_rows(store.path, "SELECT id FROM events")))
+                store.publish = lambda events: seen.append(len(read_rows(store.path,
+                    "SELECT id FROM events")))
                 await store.write(lambda tx: write_event(tx, 1))
                 assert seen == [2] and read_rows(store.path, "SELECT count(*) FROM audits") == [(1,)]
         run_async(story())
@@ -3278,7 +3393,8 @@ class TestStore:
         async def story():
             async with open_store(tmp_path) as store:
                 gate = threading.Event()
-                first, second = store.write(lambda tx: gate.wait(10)), store.write(lambda tx: tx.insert_job(make_job(1)))
+                first = store.write(lambda tx: gate.wait(10))
+                second = store.write(lambda tx: tx.insert_job(make_job(1)))
                 second.cancel()
                 gate.set()
                 await first
@@ -3360,10 +3476,13 @@ class TestStore:
             lines += process.communicate()[0].splitlines(keepends=True)
             acknowledged = [tuple(map(int, line.split())) for line in lines if line.endswith("\n")]
             assert len(acknowledged) >= 200
-            known = set(read_rows(path, "SELECT a.id, l.entity_id FROM audits a JOIN audit_links l ON l.audit_id=a.id"))
+            known = set(read_rows(path,
+                                  "SELECT a.id, l.entity_id FROM audits a JOIN audit_links l ON l.audit_id=a.id"))
             known_ids = {audit_id for audit_id, _ in known}
             assert {audit_id for audit_id, _ in acknowledged} <= known_ids
-            assert {event_id for _, event_id in acknowledged} <= {row[0] for row in read_rows(path, "SELECT id FROM events")}
+            assert {event_id for _, event_id in acknowledged} <= {row[0]
+                                                                  for row in read_rows(path,
+                                                                      "SELECT id FROM events")}
             assert lm.verify_file(str(path)) is None
 
     def test_processes_share_a_database(self, tmp_path):
@@ -3382,7 +3501,8 @@ class TestStore:
         async def story():
             async with open_store(tmp_path) as store:
                 await store.write(lambda tx: tx.record(make_record(1)))
-                change_rows(store.path, "INSERT INTO audits (ts, actor, action, payload_json) VALUES ('2025', 'mcp', 'a', '{}')")
+                change_rows(store.path,
+                            "INSERT INTO audits (ts, actor, action, payload_json) VALUES ('2025', 'mcp', 'a', '{}')")
                 assert await store.write(lambda tx: tx.record(make_record(2))) == 4
                 actions = [row[0] for row in read_rows(store.path, "SELECT action FROM audits ORDER BY id")]
                 assert actions == ["act", "a", "audit_adopt", "act"]
@@ -3401,7 +3521,8 @@ class TestStore:
 
     @pytest.mark.parametrize("sql", [
         "UPDATE audits SET payload_json='{}' WHERE id=2", "UPDATE audits SET actor='you' WHERE id=2",
-        "UPDATE audits SET ts='2020' WHERE id=2", "UPDATE audits SET hash=NULL WHERE id=2", "DELETE FROM audits WHERE id=2",
+        "UPDATE audits SET ts='2020' WHERE id=2", "UPDATE audits SET hash=NULL WHERE id=2",
+        "DELETE FROM audits WHERE id=2",
         "UPDATE audits SET action='b' WHERE id=2", "UPDATE audits SET hash='x' WHERE id=2"])
     def test_verify_names_what_a_foreign_hand_changed(self, tmp_path, sql):
         async def story():
@@ -3416,14 +3537,17 @@ class TestStore:
         async def story():
             async with open_store(tmp_path) as store:
                 assert store.newest_event_id() == 0 and store.oldest_event_id() == 0
-                for at, (kind, name) in enumerate([("job", "a"), ("job", "b"), ("canary", "a"), ("job", "a")], 1):
-                    await store.write(lambda tx, at=at, kind=kind, name=name: tx.publish(kind, name, "s", {"at": at}))
+                for at, (kind, name) in enumerate([("job", "a"), ("job", "b"), ("canary", "a"), ("job", "a")],
+                                                  1):
+                    await store.write(lambda tx, at=at, kind=kind,
+                                      name=name: tx.publish(kind, name, "s", {"at": at}))
                 assert [one.event_id for one in store.events_after(0)] == [1, 2, 3, 4]
                 assert [one.event_id for one in store.events_after(1, kind="job", entity_id="a")] == [4]
                 assert [one.event_id for one in store.events_after(1, 1)] == [2]
                 assert [one.event_id for one in store.newest_events("job", 5)] == [2, 4]
                 assert [one.event_id for one in store.newest_events("job", 1)] == [4]
-                assert store.events_after(0)[0].body == {"at": 1, "event": "s", "ts": store.told[0].body["ts"]}
+                assert store.events_after(0)[0].body == {"at": 1, "event": "s",
+                                                         "ts": store.told[0].body["ts"]}
         run_async(story())
 
     def test_sweeping_spares_what_something_refers_to(self, tmp_path):
@@ -3434,12 +3558,15 @@ class TestStore:
                         old = "2025-01-01T00:00:00.000Z" if at != 3 else "2026-01-01T00:00:00.000Z"
                         tx.insert_job(make_job(at, status=lm.JobStatus(status), updated_at=old))
                         tx.publish("job", f"job_{at:08}", "s", {})
-                    tx.record(dataclasses.replace(make_record(1, "m", "job_00000002"), action="canary_promote"))
+                    tx.record(dataclasses.replace(make_record(1, "m", "job_00000002"),
+                                                  action="canary_promote"))
                 await store.write(work)
                 gone = await store.write(lambda tx: tx.delete_jobs_before("2025-06-01T00:00:00.000Z"))
                 assert gone == ["job_00000000"]
-                assert [one.entity_id for one in store.events_after(0, kind="job")] == [f"job_{at:08}" for at in (1, 2, 3)]
-                assert await store.write(lambda tx: tx.publish("job", "x", "s", {}).event_id) == 6, "ids are never used again"
+                assert [one.entity_id for one in store.events_after(0, kind="job")] == [f"job_{at:08}"
+                    for at in (1, 2, 3)]
+                assert await store.write(lambda tx: tx.publish("job", "x", "s",
+                                                               {}).event_id) == 6, "ids are never used again"
         run_async(story())
         assert lm.verify_file(str(tmp_path / "state.db")) is None
 
@@ -3958,7 +4085,8 @@ async def listen_nothing(store, *topics, after=None):
 
 
 JOB_STEPS = ("queued", "running", "progress", "completed", "failed", "cancelled", "timed_out", "dry_run")
-CANARY_STEPS = ("queued", "started", "metric", "paused", "resumed", "approved", "actuation", "promoted", "rolled_back",
+CANARY_STEPS = ("queued", "started", "metric", "paused", "resumed", "approved", "actuation", "promoted",
+                "rolled_back",
                 "failed")
 
 
@@ -3968,12 +4096,17 @@ class TestBroker:
     @pytest.mark.parametrize(("topics", "kind", "entity_id", "name"), [
         (("jobs",), "job", "a", "job"), (("job/a",), "job", "a", "step"), (("job/a",), "job", "b", None),
         (("job/*",), "job", "a", "job"), (("*",), "job", "a", "job"), (("*",), "audit", "7", "audit"),
-        (("canaries",), "job", "a", None), (("canaries",), "canary", "a", "canary"), (("canary/a",), "canary", "a", "step"),
-        (("canary/*",), "canary", "a", "canary"), (("models",), "model", "m", "model"), (("model/m",), "model", "m", "step"),
-        (("audit",), "audit", "7", "audit"), (("job/a", "jobs"), "job", "a", "job"), (("jobs", "job/a"), "job", "a", "job"),
-        (("job/a", "*"), "job", "b", "job"), (("job/a", "canary/b"), "canary", "b", "step"), (("job/a/b",), "job", "a/b", "step"),
+        (("canaries",), "job", "a", None), (("canaries",), "canary", "a", "canary"),
+        (("canary/a",), "canary", "a", "step"),
+        (("canary/*",), "canary", "a", "canary"), (("models",), "model", "m", "model"),
+        (("model/m",), "model", "m", "step"),
+        (("audit",), "audit", "7", "audit"), (("job/a", "jobs"), "job", "a", "job"),
+        (("jobs", "job/a"), "job", "a", "job"),
+        (("job/a", "*"), "job", "b", "job"), (("job/a", "canary/b"), "canary", "b", "step"),
+        (("job/a/b",), "job", "a/b", "step"),
         (("job/",), "job", "", None), (("jobs/a",), "job", "a", None), (("job",), "job", "a", None),
-        (("JOBS",), "job", "a", None), (("*/a",), "job", "a", None), (("nonsense",), "job", "nonsense", None)])
+        (("JOBS",), "job", "a", None), (("*/a",), "job", "a", None),
+        (("nonsense",), "job", "nonsense", None)])
     def test_topics(self, topics, kind, entity_id, name):
         assert lm.Topics(topics).name_of(lm.Event(1, kind, entity_id, "step", {})) == name
 
@@ -3987,7 +4120,8 @@ class TestBroker:
         assert frame.startswith(b"id: 7\nevent: running\ndata: {") and frame.endswith(b"}\n\n")
         assert frame.count(b"\n") == 4 and b"\r" not in frame
         assert json.loads(frame.split(b"data: ")[1]) == event.body
-        assert json.loads(lm.encode_event(event, "job", is_snapshot=True).split(b"data: ")[1])["snapshot"] is True
+        assert json.loads(lm.encode_event(event, "job",
+                                          is_snapshot=True).split(b"data: ")[1])["snapshot"] is True
         assert "snapshot" not in event.body
 
     def test_the_opening(self, tmp_path):
@@ -3996,7 +4130,8 @@ class TestBroker:
                 subscriber = lm.Subscriber(store, lm.Topics(("jobs", "nonsense")), None, "me")
                 stream = store.broker.stream(subscriber)
                 first = await anext(stream)
-                assert first == (b'retry: 2000\nevent: open\ndata: {"ok":true,"topic":"jobs","topics":["jobs","nonsense"],'
+                assert first == (b'retry: 2000\nevent: open\n'
+                                 b'data: {"ok":true,"topic":"jobs","topics":["jobs","nonsense"],'
                                  b'"unknown":["nonsense"]}\n\n')
                 await stream.aclose()
                 assert not store.broker.subscribers
@@ -4008,10 +4143,12 @@ class TestBroker:
                 for name, step in (("a", "queued"), ("b", "queued"), ("a", "running"), ("a", "completed")):
                     await publish(store, "job", name, step, status=step.upper(), jobId=name)
                 history = (await listen_for(store, "job/a", count=3))[1:]
-                assert [(one.event, int(one.id)) for one in history] == [("queued", 1), ("running", 3), ("completed", 4)]
+                assert [(one.event, int(one.id)) for one in history] == [("queued", 1), ("running", 3),
+                    ("completed", 4)]
                 assert all("snapshot" not in one.json for one in history)
                 present = (await listen_for(store, "jobs", count=2))[1:]
-                assert [(one.event, int(one.id), one.json["event"], one.json["snapshot"]) for one in present] == [
+                assert [(one.event, int(one.id), one.json["event"], one.json["snapshot"])
+                        for one in present] == [
                     ("job", 2, "queued", True), ("job", 4, "completed", True)]
                 both = (await listen_for(store, "jobs", "job/a", count=4))[1:]
                 assert ids_of(both) == [1, 2, 3, 4] and {one.event for one in both} == {"job"}
@@ -4029,10 +4166,12 @@ class TestBroker:
                 await collection.until(lambda frame: frame.event == "open")
                 for step in steps:
                     await publish(store, kind, "x", step)
-                frames = await entity.until(lambda frame: frame.event == steps[-1] and frame.id == str(len(steps)))
+                frames = await entity.until(lambda frame: frame.event == steps[-1]
+                                            and frame.id == str(len(steps)))
                 assert tuple(one.event for one in frames[1:]) == steps
                 frames = await collection.until(lambda frame: frame.id == str(len(steps)))
-                assert [(one.event, one.json["event"]) for one in frames[1:]] == [(kind, step) for step in steps]
+                assert [(one.event, one.json["event"]) for one in frames[1:]] == [(kind, step)
+                    for step in steps]
                 await entity.leave()
                 await collection.leave()
         run_async(story())
@@ -4055,13 +4194,15 @@ class TestBroker:
                 for at in range(6):
                     await publish(store, "job", f"j{at}", "progress")
                 frames = await listen_nothing(store, "jobs", after=99)
-                assert [one.event for one in frames] == ["open", "gap"] and frames[1].json == {"from": 99, "to": 6}
+                assert [one.event for one in frames] == ["open", "gap"]
+                assert frames[1].json == {"from": 99, "to": 6}
                 assert frames[1].id is None
                 change_rows(store.path, "DELETE FROM events WHERE id<4")
                 frames = await listen_for(store, "jobs", after=1, count=3)
                 assert [one.event for one in frames] == ["open", "gap", "job", "job", "job"]
                 assert frames[1].json == {"from": 2, "to": 3} and ids_of(frames) == [4, 5, 6]
-                assert ids_of(await listen_for(store, "jobs", after=3, count=3)) == [4, 5, 6], "nothing is missing there"
+                assert ids_of(await listen_for(store, "jobs", after=3, count=3)) == [4, 5,
+                    6], "nothing is missing there"
         run_async(story())
 
     def test_a_long_history_is_told_whole(self, tmp_path):
@@ -4080,7 +4221,8 @@ class TestBroker:
     def test_a_collection_tells_of_recent_entities_only(self, tmp_path):
         async def story():
             async with open_broker(tmp_path) as store:
-                await store.write(lambda tx: [tx.publish("job", f"j{at}", "queued", {}) for at in range(300)] and None)
+                await store.write(lambda tx: [tx.publish("job", f"j{at}", "queued", {}) for at in range(300)]
+                                  and None)
                 found = ids_of(await listen_for(store, "jobs", count=50))
                 assert found == sorted(found) and found[-1] == 300 and 50 <= len(found) <= 300
         run_async(story())
@@ -4102,12 +4244,15 @@ class TestBroker:
                 async def joiner():
                     for _ in range(25):
                         await asyncio.sleep(0.005 + chance.random() / 50)
-                        topics = chance.choice([("jobs",), ("*",), ("job/job1",), ("jobs", "canary/canary2"), ("job/*", "models")])
+                        topics = chance.choice([("jobs",), ("*",), ("job/job1",), ("jobs", "canary/canary2"),
+                                                ("job/*", "models")])
                         after = chance.choice([None, 0, chance.randint(1, store.newest_event_id() or 1)])
-                        listeners.append((Listener(store, *topics, after=after), topics, after or 0, store.newest_event_id()))
+                        listeners.append((Listener(store, *topics, after=after), topics, after or 0,
+                                          store.newest_event_id()))
                 await asyncio.gather(*(publisher(kind) for kind in ("job", "canary", "model")), joiner())
                 last = await store.write(lambda tx: [tx.publish(kind, f"{kind}{at}", "end", {}).event_id
-                                                     for at in range(5) for kind in ("job", "canary", "model")][-1])
+                                                     for at in range(5) for kind in ("job", "canary",
+                                                         "model")][-1])
                 events = store.events_after(0, 10_000)
                 for listener, topics, after, newest in listeners:
                     wanted = [one.event_id for one in events if lm.Topics(topics).name_of(one)]
@@ -4116,7 +4261,8 @@ class TestBroker:
                     heard = ids_of(listener.frames)
                     assert heard == sorted(set(heard)), "in order, each once"
                     since = after if listener.is_resuming else newest
-                    assert [one for one in heard if one > since] == [one for one in wanted if one > since], "none is missing"
+                    assert [one for one in heard if one > since] == [one for one in wanted
+                                                                     if one > since], "none is missing"
                 assert last == events[-1].event_id and not store.broker.subscribers and not store.broker.cut
         run_async(story(), 60)
 
@@ -4182,7 +4328,8 @@ class TestBroker:
                 store.broker.drain()
                 for listener in listeners:
                     frames = await listener.over()
-                    assert [one.event for one in frames][-1] == "drain" and frames[-1].json == {} and frames[-1].id is None
+                    assert [one.event for one in frames][-1] == "drain" and frames[-1].json == {}
+                    assert frames[-1].id is None
                     assert ids_of(frames) == [1], "what was waiting is still told"
         run_async(story())
 
@@ -4192,7 +4339,8 @@ class TestBroker:
                 listener = Listener(store, "jobs")
                 await listener.until(lambda frame: frame.event == "open")
                 await asyncio.sleep(0.02)
-                foreign = "INSERT INTO events (kind, entity_id, step, body_json) VALUES ('job', ?, 'queued', '{\"event\":\"queued\"}')"
+                foreign = ("INSERT INTO events (kind, entity_id, step, body_json) "
+                           "VALUES ('job', ?, 'queued', '{\"event\":\"queued\"}')")
                 change_rows(store.path, foreign, "x")
                 store.broker.catch_up()
                 await listener.until(lambda frame: frame.id == "1")
@@ -4222,11 +4370,13 @@ class TestStreams:
             last = int(frames[-1].id)
         with server.sse("jobs") as stream:
             frame = stream.until_event("job")
-            assert frame.json["snapshot"] is True and frame.json["event"] == frames[-1].event and int(frame.id) == last
+            assert frame.json["snapshot"] is True and frame.json["event"] == frames[-1].event
+            assert int(frame.id) == last
         with server.sse("audit") as stream:
             assert stream.until_event("audit").json["auditId"]
         with server.sse("jobs,canaries", "models") as stream:
-            assert stream.next_frame().json == {"ok": True, "topic": "jobs", "topics": ["jobs", "canaries", "models"]}
+            assert stream.next_frame().json == {"ok": True, "topic": "jobs",
+                                                "topics": ["jobs", "canaries", "models"]}
 
     def test_headers_and_opening(self, server):
         with server.sse("jobs") as stream:
@@ -4235,12 +4385,16 @@ class TestStreams:
             assert stream.headers["cache-control"] == "no-cache, no-transform"
             assert stream.headers["x-accel-buffering"] == "no"
             first = stream.next_frame()
-            assert (first.event, first.id, first.json) == ("open", None, {"ok": True, "topic": "jobs", "topics": ["jobs"]})
+            assert (first.event, first.id, first.json) == ("open", None,
+                                                           {"ok": True, "topic": "jobs", "topics": ["jobs"]})
 
     @pytest.mark.parametrize(("path", "status", "text"), [
-        ("/sse", 400, "missing topic"), ("/sse?topic=", 400, "missing topic"), ("/sse?topic=,", 400, "missing topic"),
-        ("/sse?topic=jobs&lastEventId=x", 400, "Last-Event-ID"), ("/sse?topic=jobs&lastEventId=-1", 400, "Last-Event-ID"),
-        ("/sse?topic=" + "a" * 300, 400, "topics"), ("/sse?topic=" + ",".join(f"t{at}" for at in range(200)), 400, "topics")])
+        ("/sse", 400, "missing topic"), ("/sse?topic=", 400, "missing topic"),
+        ("/sse?topic=,", 400, "missing topic"),
+        ("/sse?topic=jobs&lastEventId=x", 400, "Last-Event-ID"),
+        ("/sse?topic=jobs&lastEventId=-1", 400, "Last-Event-ID"),
+        ("/sse?topic=" + "a" * 300, 400, "topics"),
+        ("/sse?topic=" + ",".join(f"t{at}" for at in range(200)), 400, "topics")])
     def test_refused(self, server, path, status, text):
         answer = server.request("GET", path)
         assert answer.status == status and text in answer.text
@@ -4254,7 +4408,8 @@ class TestStreams:
             ids = ids_of(stream.until(lambda _: len(ids_of(stream.frames)) == 3))
         server.restart()  # a kill and a new start
         server.call("promote_model", modelId="m9", gate="stage")
-        for headers, path in (({"Last-Event-ID": str(ids[0])}, ""), ({}, f"/sse?topic=models&lastEventId={ids[0]}")):
+        for headers, path in (({"Last-Event-ID": str(ids[0])}, ""),
+                              ({}, f"/sse?topic=models&lastEventId={ids[0]}")):
             with server.sse("models", headers=headers, path=path) as stream:
                 later = stream.until(lambda _: len(ids_of(stream.frames)) == 3)
                 assert ids_of(later)[:2] == ids[1:] and ids_of(later)[2] > ids[2]
@@ -4285,10 +4440,12 @@ class TestStreams:
                     with contextlib.closing(sqlite3.connect(server.db)) as foreign:
                         for _ in range(20):
                             last = foreign.execute("INSERT INTO events (kind, entity_id, step, body_json) VALUES "
-                                                   "('job', 'x', 'progress', ?)", (json.dumps({"text": "x" * 10_000}),)).lastrowid
+                                                   "('job', 'x', 'progress', ?)",
+                                                   (json.dumps({"text": "x" * 10_000}),)).lastrowid
                         foreign.commit()
                     stream.until(lambda frame: frame.id == str(last))
-                assert ids_of(stream.frames) == list(range(last - 139, last + 1)), "the other one hears everything"
+                assert ids_of(stream.frames) == list(range(last - 139,
+                                                           last + 1)), "the other one hears everything"
                 wait_until(lambda: dropped() == "1", 15, "the deaf one is cut off")
 
 
@@ -11963,14 +12120,18 @@ class TestMetrics:
             metrics.observe_request("/mcp", "POST", 200, duration_s)
         metrics.observe_request("/mcp", "POST", 401, 0.1)
         metrics.add("lukhas_tool_calls_total", 'tool="why",outcome="ok"')
-        series = read_metrics(metrics.render({"lukhas_jobs": ("Jobs.", {'status="queued"': 2, 'status="running"': 0})}))
+        series = read_metrics(metrics.render({"lukhas_jobs": ("Jobs.",
+                                                              {'status="queued"': 2,
+                                                               'status="running"': 0})}))
         assert series['http_requests_total{route="/mcp",method="POST",status="200"}'] == 5
         assert series['http_requests_total{route="/mcp",method="POST",status="401"}'] == 1
         bucket = 'http_request_duration_seconds_bucket{route="/mcp",method="POST",le="%s"}'
-        assert [series[bucket % le] for le in ("0.005", "0.01", "2.5", "5.0", "10.0", "+Inf")] == [2, 3, 4, 5, 5, 6]
+        assert [series[bucket % le] for le in ("0.005", "0.01", "2.5", "5.0", "10.0", "+Inf")] == [2, 3, 4, 5,
+            5, 6]
         assert series['http_request_duration_seconds_count{route="/mcp",method="POST"}'] == 6
         assert abs(series['http_request_duration_seconds_sum{route="/mcp",method="POST"}'] - 102.1101) < 1e-3
-        assert series['lukhas_jobs{status="queued"}'] == 2 and series['lukhas_tool_calls_total{tool="why",outcome="ok"}'] == 1
+        assert series['lukhas_jobs{status="queued"}'] == 2
+        assert series['lukhas_tool_calls_total{tool="why",outcome="ok"}'] == 1
 
     def test_large_counts_stay_exact(self):
         metrics = lm.Metrics()
@@ -12448,14 +12609,16 @@ class TestSessions:
 
 
 TOOL_IDS = list(lm.TOOLS)
-ROLE_KEYS = {"viewer": "key-of-viewer", "reporter": "key-of-reporter", "operator": "key-of-operator", "admin": "key-of-admin"}
+ROLE_KEYS = {"viewer": "key-of-viewer", "reporter": "key-of-reporter", "operator": "key-of-operator",
+             "admin": "key-of-admin"}
 
 
 @pytest.fixture(scope="module")
 def role_server(tmp_path_factory):
     """A server with one key of each role, called by the operator's."""
     keys = ",".join(f"{role}-1:{role}:{secret}" for role, secret in ROLE_KEYS.items())
-    one = Server(tmp_path_factory.mktemp("roles"), {"LUKHAS_MCP_API_KEYS": keys}, key=ROLE_KEYS["operator"]).start()
+    one = Server(tmp_path_factory.mktemp("roles"), {"LUKHAS_MCP_API_KEYS": keys},
+                 key=ROLE_KEYS["operator"]).start()
     yield one
     one.stop()
 
@@ -12474,7 +12637,8 @@ def spoilt_arguments(one):
     return {name: 7.25 if part.get("type") in ("object", "array") else [1]}
 
 
-JSON_KINDS = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
+JSON_KINDS = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list,
+              "object": dict,
               "null": type(None)}
 
 
@@ -12482,7 +12646,8 @@ def schema_faults(value, schema, where="document"):
     """Where a value is not what a JSON Schema says (2020-12, the keywords that tools use)."""
     kinds = schema.get("type", list(JSON_KINDS))
     kinds = kinds if isinstance(kinds, list) else [kinds]
-    if not any(isinstance(value, JSON_KINDS[kind]) and isinstance(value, bool) <= (kind == "boolean") for kind in kinds):
+    if not any(isinstance(value, JSON_KINDS[kind]) and isinstance(value, bool) <= (kind == "boolean")
+               for kind in kinds):
         return [f"{where} is {value!r}, not {kinds}"]
     faults = [f"{where} is {value!r}"] if value not in schema.get("enum", [value]) else []
     if isinstance(value, dict):
@@ -12491,7 +12656,8 @@ def schema_faults(value, schema, where="document"):
             faults += schema_faults(value[name], schema["properties"][name], f"{where}.{name}")
     for at, one in enumerate(value if isinstance(value, list) else ()):
         faults += schema_faults(one, schema.get("items", {}), f"{where}[{at}]")
-    if isinstance(value, (int, float)) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+    if isinstance(value, (int, float)) and not schema.get("minimum", value) <= value <= schema.get("maximum",
+        value):
         faults.append(f"{where} is {value}")
     return faults
 
@@ -12500,9 +12666,12 @@ class TestToolkit:
     """Derived from the table of tools."""
 
     def test_the_list_of_the_contract(self):
-        assert {"fetch", "run_eval", "status", "why", "why_math", "promote_model", "start_canary", "canary_status",
-                "abort_canary", "list_dir", "find_files", "write_file", "create_file", "update_file", "append_file",
-                "rename_file", "delete_file", "writeFile", "createFile", "list_jobs", "cancel_job", "list_canaries",
+        assert {"fetch", "run_eval", "status", "why", "why_math", "promote_model", "start_canary",
+                "canary_status",
+                "abort_canary", "list_dir", "find_files", "write_file", "create_file", "update_file",
+                "append_file",
+                "rename_file", "delete_file", "writeFile", "createFile", "list_jobs", "cancel_job",
+                "list_canaries",
                 "observe", "gate_status"} <= set(TOOL_IDS)
         assert TOOL_IDS.index("fetch") == (1 if "search" in TOOL_IDS else 0)
 
@@ -12512,13 +12681,16 @@ class TestToolkit:
         wire = one.to_wire()
         assert re.fullmatch("[A-Za-z0-9_-]{1,64}", name) and one.title and len(one.description) > 20
         assert wire["inputSchema"]["type"] == wire["outputSchema"]["type"] == "object"
-        assert one.role in ("viewer", "observe", "operator", "admin") and one.level in ("changes", "access", "all")
-        assert set(wire["annotations"]) == {"title", "readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint"}
+        assert one.role in ("viewer", "observe", "operator", "admin")
+        assert one.level in ("changes", "access", "all")
+        assert set(wire["annotations"]) == {"title", "readOnlyHint", "destructiveHint", "idempotentHint",
+                                            "openWorldHint"}
         assert one.is_reading or one.role != "viewer", "a viewer changes nothing"
         assert not one.is_reading or not wire["annotations"]["destructiveHint"]
         for key in ("inputSchema", "outputSchema"):
             assert set(wire[key].get("required", ())) <= set(wire[key]["properties"])
-        assert all("maxItems" in part for part in one.properties.values() if part.get("type") == "array"), "lists are bounded"
+        assert all("maxItems" in part for part in one.properties.values()
+                   if part.get("type") == "array"), "lists are bounded"
         assert all(part.get("description") for part in one.properties.values()), "every argument is explained"
         example = example_of(one)
         assert set(example) <= set(one.properties)
@@ -12532,7 +12704,9 @@ class TestToolkit:
         result = role_server.result(name, example_of(one))
         document, text = result.get("structuredContent"), result["content"][0]["text"]
         if result.get("isError"):
-            assert text and (document is None and result["_meta"]["error"]["reason"] or schema_faults(document, one.output) == []), result
+            assert text
+            assert (document is None and result["_meta"]["error"]["reason"]
+                    or schema_faults(document, one.output) == []), result
             return
         assert text == document.get("text") if name == "why" else json.loads(text) == document
         assert schema_faults(document, one.output) == [], "the answer is what outputSchema says"
@@ -12560,7 +12734,8 @@ class TestToolkit:
     @pytest.mark.parametrize("name", [one.name for one in lm.TOOLS.values() if one.is_reading])
     def test_reading_takes_unknown_arguments_in_silence(self, role_server, name):
         result = role_server.result(name, example_of(lm.TOOLS[name]) | {"unknown": [1, {"a": None}]})
-        assert "unknown" not in result["content"][0]["text"].replace('"decision":"unknown"', "") or result.get("isError")
+        assert "unknown" not in result["content"][0]["text"].replace('"decision":"unknown"',
+                                                                     "") or result.get("isError")
 
     @pytest.mark.parametrize("role", ROLE_KEYS)
     @pytest.mark.parametrize("name", TOOL_IDS)
@@ -12577,7 +12752,8 @@ class TestToolkit:
         count = "SELECT count(*) FROM audits WHERE action='promote_model' AND actor='viewer-1'"
         before = read_rows(role_server.db, count)[0][0]
         role_server.result("promote_model", {"modelId": "m", "gate": "g"}, {"X-API-Key": ROLE_KEYS["viewer"]})
-        wait_until(lambda: read_rows(role_server.db, count)[0][0] == before + 1, what="the audit row of the refusal")
+        wait_until(lambda: read_rows(role_server.db, count)[0][0] == before + 1,
+                   what="the audit row of the refusal")
 
     @pytest.mark.parametrize("name", [one.name for one in lm.TOOLS.values() if one.level == "changes"])
     def test_what_changes_something_leaves_a_row_with_its_actor(self, role_server, name):
@@ -12587,7 +12763,8 @@ class TestToolkit:
         words = {key: f"trail-of-{name}" for key, part in one.properties.items()
                  if part.get("type") == "string" and not part.get("enum") and key not in (
                      "encoding", "expectSha256", "contents", "content", "template")}
-        role_server.result(name, example_of(one) | words | ({"dryRun": False} if "dryRun" in one.properties else {}))
+        role_server.result(name, example_of(one) | words | ({"dryRun": False} if "dryRun" in one.properties
+                                                            else {}))
         rows = "SELECT count(*) FROM audits WHERE id>? AND actor='operator-1'"
         wait_until(lambda: read_rows(role_server.db, rows, newest)[0][0] >= 1, 5, "the audit row")
 
@@ -12605,7 +12782,8 @@ class TestToolkit:
         assert document["error"]["message"].startswith("Unknown tool") or not isinstance(name, str)
 
     def test_a_near_name_is_named(self, role_server):
-        assert "did you mean run_eval?" in role_server.rpc("tools/call", {"name": "run_evel"})[2]["error"]["message"]
+        assert "did you mean run_eval?" in role_server.rpc("tools/call",
+                                                           {"name": "run_evel"})[2]["error"]["message"]
 
     @pytest.mark.parametrize("arguments", [[], "x", 5, True])
     def test_arguments_that_are_no_object(self, role_server, arguments):
@@ -12617,7 +12795,8 @@ class TestToolkit:
         one = lm.TOOLS[name]
         for key, part in one.properties.items():
             if part.get("type") == "string":
-                result = role_server.result(name, example_of(one) | {key: "a\ud800"}, {"X-API-Key": ROLE_KEYS["admin"]})
+                result = role_server.result(name, example_of(one) | {key: "a\ud800"},
+                                            {"X-API-Key": ROLE_KEYS["admin"]})
                 assert result["isError"] and key in result["content"][0]["text"]
 
     def test_hostile_names_cost_no_time(self, role_server):
@@ -12629,7 +12808,8 @@ class TestToolkit:
         result = role_server.result("promote_model", {"modelId": "m", "gate": "stage", "dryRun": True} | many)
         assert len(json.dumps(result)) < 100_000 and len(json.dumps(document)) < 5000
         assert "150000 unknown arguments" in " ".join(result["structuredContent"]["warnings"])
-        long = role_server.result("promote_model", {"modelId": "m", "gate": "stage", "dryRun": True, "y" * 1_000_000: 1})
+        long = role_server.result("promote_model",
+                                  {"modelId": "m", "gate": "stage", "dryRun": True, "y" * 1_000_000: 1})
         assert "yyy" in long["structuredContent"]["warnings"][0]
         assert time.monotonic() - started_s < 5
 
@@ -12642,7 +12822,8 @@ class TestToolkit:
     def test_contents_are_not_kept_in_the_audit(self, role_server):
         role_server.call("write_file", path="audit/secret.txt", contents="the very content\n" * 3)
         role_server.call_error("write_file", path="audit/secret.txt", contents="the very content\n" * 3)
-        rows = read_rows(role_server.db, "SELECT payload_json FROM audits WHERE payload_json LIKE '%audit/secret.txt%'")
+        rows = read_rows(role_server.db,
+                         "SELECT payload_json FROM audits WHERE payload_json LIKE '%audit/secret.txt%'")
         assert rows and not any("very content" in payload for (payload,) in rows)
         digest = hashlib.sha256(("the very content\n" * 3).encode()).hexdigest()
         assert any(digest in payload for (payload,) in rows)
@@ -12655,7 +12836,8 @@ class TestToolkit:
             server.call("list_jobs")
         server.call("promote_model", modelId="m", gate="stage")
         server.stop()
-        rows = [json.loads(row[0]) for row in read_rows(server.db, "SELECT payload_json FROM audits WHERE action='read'")]
+        rows = [json.loads(row[0])
+                for row in read_rows(server.db, "SELECT payload_json FROM audits WHERE action='read'")]
         counts = {}
         for row in rows:
             counts[row["tool"]] = counts.get(row["tool"], 0) + row["count"]
@@ -12670,7 +12852,9 @@ class TestToolkit:
 
         async def silent(services, call):
             pass
-        declare = lambda handler, **more: lm.tool("x", title="X", **({"arguments": lm.shape(), "output": lm.shape()} | more))(handler)
+        declare = lambda handler, **more: lm.tool("x", title="X",
+                                                  **({"arguments": lm.shape(),
+                                                      "output": lm.shape()} | more))(handler)
         with pytest.raises(ValueError, match="docstring"):
             declare(silent)
         with pytest.raises(ValueError, match="subset"):
@@ -12974,14 +13158,16 @@ class TestFileTools:
     def test_each_change_has_an_intent_and_an_outcome(self, make_server):
         server = make_server()
         first = server.call("write_file", path="n/a.txt", contents="one")
-        assert first["path"] == str(server.repo / "n/a.txt") and first["relativePath"] == "n/a.txt" and first["size"] == 3
+        assert first["path"] == str(server.repo / "n/a.txt") and first["relativePath"] == "n/a.txt"
+        assert first["size"] == 3
         second = server.call("append_file", path="n/a.txt", contents="two")
         assert (server.repo / "n/a.txt").read_text() == "one\ntwo" and second["size"] == 7
         third = server.call("update_file", path="n/a.txt", contents="three", expectSha256=second["sha256"])
         moved = server.call("rename_file", **{"from": "n/a.txt", "to": "n/b.txt"})
         assert moved["moved"] is True and not (server.repo / "n/a.txt").exists()
         gone = server.call("delete_file", path="n/b.txt", expectSha256=third["sha256"])
-        assert gone | {"auditId": 0} == {"path": "n/b.txt", "deleted": True, "previousSha256": third["sha256"], "auditId": 0}
+        assert gone | {"auditId": 0} == {"path": "n/b.txt", "deleted": True,
+                                         "previousSha256": third["sha256"], "auditId": 0}
         for tool, kind in (("write_file", "create"), ("append_file", "append"), ("update_file", "overwrite"),
                            ("rename_file", "rename"), ("delete_file", "delete")):
             (intent,), (outcome,) = audit_details(server, tool), audit_details(server, "file_" + kind)
@@ -12990,7 +13176,8 @@ class TestFileTools:
         assert read_rows(server.db, "SELECT count(*) FROM file_intents") == [(0,)]
         story = server.call("why", id="n/a.txt")
         assert [re.search("action=([a-z_]+)", line)[1] for line in story.splitlines()] == [
-            "write_file", "file_create", "append_file", "file_append", "update_file", "file_overwrite", "rename_file", "file_rename"]
+            "write_file", "file_create", "append_file", "file_append", "update_file", "file_overwrite",
+            "rename_file", "file_rename"]
         assert lm.verify_file(str(server.db)) is None
 
     def test_a_refused_change_leaves_the_file_and_one_row(self, make_server):
@@ -13005,7 +13192,8 @@ class TestFileTools:
                 ("rename_file", {"from": "README.md", "to": "docs/guide.md"})):
             text = server.call_error(tool, **arguments)
             assert "README.md" in text or "docs/guide.md" in text or "sha" in text.lower()
-            wait_until(lambda: [one.get("outcome") for one in audit_details(server, tool)] == ["refused"], what=tool)
+            wait_until(lambda: [one.get("outcome") for one in audit_details(server, tool)] == ["refused"],
+                       what=tool)
         assert (server.repo / "README.md").read_bytes() == before
         assert read_rows(server.db, "SELECT count(*) FROM file_intents") == [(0,)]
 
@@ -13033,33 +13221,39 @@ class TestFileTools:
             store.start()
             for now in outcomes:
                 (server.repo / f"{now}.txt").write_text(now)
-                change = {"kind": "overwrite", "path": f"{now}.txt", "oldSha256": digest["old"], "newSha256": digest["new"], "size": 3}
+                change = {"kind": "overwrite", "path": f"{now}.txt", "oldSha256": digest["old"],
+                          "newSha256": digest["new"], "size": 3}
 
                 def begin(tx, change=change):
-                    tx.open_intent(tx.record(make_record(1, change["path"], details={**change, "phase": "intent"})), change)
+                    tx.open_intent(tx.record(make_record(1, change["path"],
+                                                         details={**change, "phase": "intent"})), change)
                 await store.write(begin)
             await store.stop()
         run_async(die())
         server.start()
         wait_until(lambda: read_rows(server.db, "SELECT count(*) FROM file_intents") == [(0,)])
         found = {one["path"]: one for one in audit_details(server, "file_overwrite")}
-        assert {path: one["phase"] for path, one in found.items()} == {f"{now}.txt": outcome for now, outcome in outcomes.items()}
+        assert {path: one["phase"] for path, one in found.items()} == {f"{now}.txt": outcome for now,
+                                                                       outcome in outcomes.items()}
         assert all("restart" in one["reason"] and one["intent"] for one in found.values())
-        assert all((server.repo / f"{now}.txt").read_text() == now for now in outcomes), "deciding changes nothing"
+        assert all((server.repo / f"{now}.txt").read_text() == now
+                   for now in outcomes), "deciding changes nothing"
 
     def test_fetch(self, make_server):
         server = make_server(GITHUB_VIEW_BASE="https://example.org/blob/main/")
         found = server.call("fetch", id=path_id("docs/guide.md"))
         text = FILES["docs/guide.md"]
         assert found["text"] == text and found["title"] == "guide.md"
-        assert found["url"] == "https://example.org/blob/main/docs/guide.md" and found["mimeType"] == "text/markdown"
+        assert found["url"] == "https://example.org/blob/main/docs/guide.md"
+        assert found["mimeType"] == "text/markdown"
         assert found["metadata"]["sha256"] == hashlib.sha256(text.encode()).hexdigest()
         assert (found["metadata"]["size"], found["metadata"]["path"]) == (len(text), "docs/guide.md")
         assert server.call("fetch", id=path_id("docs/guide.md").rstrip("="), fields=["text"]) == {
             "id": path_id("docs/guide.md").rstrip("="), "text": text}
         result = server.result("fetch", {"id": path_id("README.md")})
         assert result["_meta"] == {"untrusted": True}
-        for bad in ("README.md", "lukhas-path:", "lukhas-path:!!!", "lukhas-path:" + "A" * 7, path_id("../outside/o.txt"),
+        for bad in ("README.md", "lukhas-path:", "lukhas-path:!!!", "lukhas-path:" + "A" * 7,
+                    path_id("../outside/o.txt"),
                     path_id("nope"), path_id("docs"), path_id(".git/config"), path_id("a\0b")):
             assert server.call_error("fetch", id=bad)
 
@@ -13315,23 +13509,28 @@ class TestOpsTools:
     def test_the_originals_rows_answer(self, original_server):
         ask = original_server.call
         done = ask("status", jobId="job_0000000a")
-        assert (done["status"], done["result"]["metrics"], done["configId"]) == ("COMPLETED", {"accuracy": 0.91}, "cfg-1")
+        assert (done["status"], done["result"]["metrics"], done["configId"]) == ("COMPLETED",
+            {"accuracy": 0.91}, "cfg-1")
         assert ask("status", jobId="job_0000000b")["status"] == "DRY_RUN"
         lost = original_server.wait_for("status", jobId="job_0000000c")
         assert lost["status"] == "FAILED" and lost["reason"] == "interrupted"
         canary = ask("canary_status", canaryId="canary_0000000b")
         assert canary["status"] == "PROMOTED" and canary["policy"]["targets"]["latency_p95_ms"] == 250
         assert [one["latency_p95_ms"] for one in canary["samples"]] == [None, None]
-        assert ask("canary_status", canaryId="canary_0000000c")["status"] in ("PENDING", "FAILED", "ROLLED_BACK")
+        assert ask("canary_status", canaryId="canary_0000000c")["status"] in ("PENDING", "FAILED",
+            "ROLLED_BACK")
         assert ask("abort_canary", canaryId="canary_0000000a")["alreadyFinal"] is True
         math_of = ask("why_math", id="canary_0000000b")
-        assert math_of["thresholds"]["latency_p95_ms"] == 250 and set(math_of["observed"]) >= {"latency_p95_ms", "error_rate"}
-        assert ask("gate_status", gate="prod")["holder"] == {"modelId": "model-a", "promotedAt": "2025-06-01T10:01:00.000Z"}
+        assert math_of["thresholds"]["latency_p95_ms"] == 250
+        assert set(math_of["observed"]) >= {"latency_p95_ms", "error_rate"}
+        assert ask("gate_status", gate="prod")["holder"] == {"modelId": "model-a",
+                                                             "promotedAt": "2025-06-01T10:01:00.000Z"}
         assert len(ask("list_jobs")["jobs"]) == 3 and len(ask("list_canaries")["canaries"]) == 3
 
     def test_the_originals_story(self, original_server):
         story = read_story(original_server.call("why", id="model-a"))
-        assert [one[:2] for one in story][:3] == [("promote_model", "mcp"), ("canary_abort", "mcp"), ("canary_promote", "system")]
+        assert [one[:2] for one in story][:3] == [("promote_model", "mcp"), ("canary_abort", "mcp"),
+                                                  ("canary_promote", "system")]
         assert story[2][2]["metrics"] == {"latency_p95_ms": 137.8, "error_rate": 0.0037}
         told = read_story(original_server.call("why", id="job_0000000a"))
         assert [one[0] for one in told] == ["queued", "completed"] and "\u2192" in told[0][2]["message"]
@@ -13341,12 +13540,14 @@ class TestOpsTools:
         server = ops_server
         job_id = server.call("run_eval", taskId="probe", configId="ci")["jobId"]
         server.wait_for("status", jobId=job_id)
-        server.call("promote_model", modelId="m-1", gate="stage", reason="because\n[2020-01-01 00:00] actor=x action=forged details={}")
+        server.call("promote_model", modelId="m-1", gate="stage",
+                    reason="because\n[2020-01-01 00:00] actor=x action=forged details={}")
         actions = [one[0] for one in read_story(server.call("why", id=job_id))]
         assert len(actions) >= 3 and "run_eval" in actions[0] or actions
         (story,) = read_story(server.call("why", id="m-1"))
         assert story[0] == "promote_model" and story[1] == "anonymous" and "forged" not in story[2]["message"]
-        assert "forged" in story[2]["input"]["reason"] and "m-1" in story[2]["message"] and "stage" in story[2]["message"]
+        assert "forged" in story[2]["input"]["reason"] and "m-1" in story[2]["message"]
+        assert "stage" in story[2]["message"]
         assert story in read_story(server.call("why", id="stage")), "by the gate too"
         structured = server.result("why", {"id": "m-1"})["structuredContent"]
         assert structured["events"][0]["details"] == story[2] and structured["id"] == "m-1"
@@ -13356,13 +13557,15 @@ class TestOpsTools:
     def test_promotion(self, ops_server):
         server = ops_server
         dry = server.call("promote_model", modelId="p", gate="p-stage", dryRun=True)
-        assert (dry["changed"], dry["currentGates"], dry["promoted"], dry["promotedAt"]) == (True, [], False, None)
+        assert (dry["changed"], dry["currentGates"], dry["promoted"], dry["promotedAt"]) == (True, [], False,
+            None)
         first = server.call("promote_model", modelId="p", gate="p-stage")
         assert (first["changed"], first["currentGates"], first["promoted"]) == (True, ["p-stage"], True)
         assert first["warnings"] and "gates.p-stage" in first["warnings"][0]
         again = server.call("promote_model", modelId="p", gate="p-stage")
         assert (again["changed"], again["promotedAt"]) == (False, first["promotedAt"])
-        assert server.call("promote_model", modelId="p", gate="p-prod")["currentGates"] == ["p-stage", "p-prod"]
+        assert server.call("promote_model", modelId="p", gate="p-prod")["currentGates"] == ["p-stage",
+            "p-prod"]
         assert server.call("promote_model", modelId=7, gate="p-prod")["modelId"] == "7"
         assert len(read_story(server.call("why", id="p"))) == 2, "what changed nothing is no line"
         assert server.call("gate_status", gate="p-prod")["models"] == ["p", "7"]
@@ -13378,7 +13581,8 @@ class TestOpsTools:
             gates.free.max_error_rate = 0.01
             """)
         server.start()
-        for gate, words in (("slow", ("canary", "start_canary")), ("asked", ("approve",)), ("tested", ("eval:unit",)),
+        for gate, words in (("slow", ("canary", "start_canary")), ("asked", ("approve",)),
+                            ("tested", ("eval:unit",)),
                             ("unknown", ("unknown", "slow", "free"))):
             text = server.call_error("promote_model", modelId="m", gate=gate)
             assert all(word in text for word in words), text
@@ -13387,7 +13591,8 @@ class TestOpsTools:
         assert server.call("gate_status", gate="free")["limits"]["max_error_rate"] == 0.01
 
     @pytest.mark.parametrize(("tool", "argument", "words"), [
-        ("status", "jobId", "Unknown jobId: x-1"), ("cancel_job", "jobId", "x-1"), ("canary_status", "canaryId", "Unknown canaryId: x-1"),
+        ("status", "jobId", "Unknown jobId: x-1"), ("cancel_job", "jobId", "x-1"),
+        ("canary_status", "canaryId", "Unknown canaryId: x-1"),
         ("abort_canary", "canaryId", "x-1")])
     def test_an_unknown_id_is_named(self, server, tool, argument, words):
         assert words in server.call_error(tool, **{argument: "x-1"})
@@ -13396,8 +13601,10 @@ class TestOpsTools:
         """A hundred promotions in one batch, each acknowledged, each with its row."""
         server = ops_server
         messages = [{"jsonrpc": "2.0", "id": at, "method": "tools/call",
-                     "params": {"name": "promote_model", "arguments": {"modelId": f"m{at}", "gate": "batch"}}} for at in range(100)]
-        answers = server.request("POST", "/mcp", json.dumps(messages), {"Content-Type": "application/json"}).json
+                     "params": {"name": "promote_model", "arguments": {"modelId": f"m{at}", "gate": "batch"}}}
+                    for at in range(100)]
+        answers = server.request("POST", "/mcp", json.dumps(messages),
+                                 {"Content-Type": "application/json"}).json
         assert [one["id"] for one in answers] == list(range(100))
         assert all(one["result"]["structuredContent"]["changed"] for one in answers)
         assert read_rows(server.db, "SELECT count(*) FROM model_gates WHERE gate='batch'") == [(100,)]
@@ -13405,12 +13612,15 @@ class TestOpsTools:
 
     def test_observe(self, ops_server):
         server = ops_server
-        for given, accepted in (({"requests": [{"latency_ms": 5, "ok": True}, {"latency_ms": 9, "ok": False}]}, 2),
+        for given, accepted in (({"requests": [{"latency_ms": 5, "ok": True},
+                                               {"latency_ms": 9, "ok": False}]}, 2),
                                 ({"latency_ms": [1, 2, 3], "errors": 1}, 3)):
             answer = server.call("observe", gate="prod", modelId="m", **given)
             assert answer == {"gate": "prod", "accepted": accepted, "durable": False}
-        for wrong in ({}, {"requests": []}, {"requests": [{"latency_ms": -1, "ok": True}]}, {"latency_ms": ["x"]},
-                      {"requests": [{"latency_ms": 1, "ok": True}], "latency_ms": [1]}, {"counts": {"requests": "x"}}):
+        for wrong in ({}, {"requests": []}, {"requests": [{"latency_ms": -1, "ok": True}]},
+                      {"latency_ms": ["x"]},
+                      {"requests": [{"latency_ms": 1, "ok": True}], "latency_ms": [1]},
+                      {"counts": {"requests": "x"}}):
             text = server.call_error("observe", gate="prod", **wrong)
             assert "requests" in text or "latency_ms" in text or "counts" in text, text
 
@@ -13844,7 +14054,7 @@ url = "{pager}"
 onPromote = "mesh"
 onRollback = "mesh"
 """
-FAST_POLICY = {"mode": "bake", "windowSeconds": 20, "intervalSeconds": 10, "warmupSeconds": 0, "minRequests": 0,
+FAST_POLICY = {"mode": "bake", "windowSeconds": 20, "intervalSeconds": 10,
                "targets": {"latency_p95_ms": 9000, "max_error_rate": 1}}
 
 
@@ -13865,6 +14075,15 @@ def locked(server):
             yield
         finally:
             other.execute("ROLLBACK")
+
+
+@pytest.fixture(scope="module")
+def gates_server(tmp_path_factory):
+    """A server with that table which some tests share."""
+    made = Server(tmp_path_factory.mktemp("gates-server"))
+    with Receiver(200) as receiver:
+        yield start_gates(lambda **_: made, receiver)
+        made.stop()
 
 
 class TestGateTools:
@@ -13931,7 +14150,7 @@ class TestGateTools:
                                  LUKHAS_MCP_API_KEYS="boss:admin:boss-secret,op:operator:op-secret")
             assert "needs the role admin" in server.call_error("freeze")
             server.key = "boss-secret"
-            assert "until is soon" in server.call_error("freeze", until="soon")
+            assert "until is 'soon'" in server.call_error("freeze", until="soon")
             frozen = server.call("freeze", reason="incident", until="3d")
             assert (frozen["frozen"], frozen["by"]) == (True, "boss")
             server.key = "op-secret"
@@ -13959,10 +14178,10 @@ class TestGateTools:
         assert json.loads(run("unfreeze").stdout) == {"frozen": False, "changed": True}
         assert server.call("promote_model", modelId="m", gate="g")["changed"] is True
         done = run("freeze", "--until", "never")
-        assert done.returncode == 2 and "until is never" in done.stderr
+        assert done.returncode == 2 and "until is 'never'" in done.stderr
         with locked(server):
             done = run("freeze")
-            assert done.returncode == 1 and "locked" in done.stderr
+            assert done.returncode and "locked" in done.stderr
 
     def test_stopping_works_while_nothing_can_be_committed(self, make_server):
         with Receiver(200) as receiver:
@@ -13985,7 +14204,7 @@ class TestGateTools:
                 for thread in threads:
                     thread.join(30)
                 assert {tool: answer["durable"] for tool, answer in answers.items()} == dict.fromkeys(answers, False)
-                assert len(answers) == 4 and "stored" in answers["abort_canary"]["warnings"][0]
+                assert len(answers) == 4 and "stores that" in answers["abort_canary"]["warnings"][0]
                 assert answers["abort_canary"]["status"] == "ROLLED_BACK" and answers["revert_promotion"]["to"] == "m1"
                 assert server.call("canary_status", canaryId=started[0])["pendingStop"] == "abort"
                 assert "froze this server" in server.call_error("promote_model", modelId="m9", gate="open")
@@ -14029,13 +14248,6 @@ class TestGateTools:
             found = server.call("canary_status", canaryId=canary_id)
             assert (found["actuation"], found["deliveries"][0]["state"]) == ("done", "done")
             assert receiver.keys == [canary_id + "/rollback"]
-
-
-@pytest.fixture(scope="module")
-def gates_server(make_server):
-    """A server with a table of gates that some tests share."""
-    with Receiver(200) as receiver:
-        yield start_gates(make_server, receiver)
 
 
 # ==============================================================================
@@ -14336,13 +14548,15 @@ class TestRevisions:
 LEGACY = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
 MODERN_VERSION = "2026-07-28"
 META = "io.modelcontextprotocol/"
-EXAMPLE_PARAMS = {"tools/call": {"name": "list_jobs", "arguments": {}}, "initialize": {"protocolVersion": "2025-06-18"}}
+EXAMPLE_PARAMS = {"tools/call": {"name": "list_jobs", "arguments": {}},
+                  "initialize": {"protocolVersion": "2025-06-18"}}
 
 
 def modern_body(method, params=None, *, version=MODERN_VERSION, request_id=7, meta=None, **changes):
     """A proper request of the modern era, with changes to its top level; None takes a member away."""
     meta = {META + "protocolVersion": version, META + "clientCapabilities": {}} if meta is None else meta
-    message = {"jsonrpc": "2.0", "id": request_id, "method": method, "params": {**(params or {}), "_meta": meta}}
+    message = {"jsonrpc": "2.0", "id": request_id, "method": method,
+               "params": {**(params or {}), "_meta": meta}}
     return {key: value for key, value in (message | changes).items() if value is not ...}
 
 
@@ -14370,30 +14584,37 @@ def ask_modern(server, method, params=None, **headers):
 class TestRpc:
     """JSON-RPC 2.0 and the revisions of MCP."""
 
-    @pytest.mark.parametrize("method", [*lm.METHODS, "nope", "tools", "", "rpc.discover", "logging/setLevel", "tasks/list"])
+    @pytest.mark.parametrize("method",
+                             [*lm.METHODS, "nope", "tools", "", "rpc.discover", "logging/setLevel",
+                              "tasks/list"])
     def test_each_method_in_each_era(self, server, method):
         _, in_legacy, in_modern = lm.METHODS.get(method, (None, False, False))
         params = EXAMPLE_PARAMS.get(method)
         for headers in ({}, *({"MCP-Protocol-Version": version} for version in LEGACY)):
-            status, document = post(server, {"jsonrpc": "2.0", "id": 1, "method": method, "params": params or {}}, headers)
+            status, document = post(server,
+                                    {"jsonrpc": "2.0", "id": 1, "method": method, "params": params or {}},
+                                    headers)
             assert status == 200 and document["id"] == 1 and document["jsonrpc"] == "2.0"
             assert (document.get("error", {}).get("code") != -32601) == in_legacy
         status, document = ask_modern(server, method, params)
         assert document["id"] == 7
         if in_modern:
-            assert status == 200 and document["result"]["resultType"] == "complete" or document["error"]["code"] != -32601
+            assert document.get("error", {}).get("code") != -32601
+            assert "error" in document or status == 200 and document["result"]["resultType"] == "complete"
         else:
             assert status == 404 and document["error"]["code"] == -32601
 
     @pytest.mark.parametrize(("asked", "agreed"), [
-        *((version, version) for version in LEGACY), (MODERN_VERSION, "2025-11-25"), ("1.0", "2025-11-25"), ("", "2025-11-25"),
+        *((version, version) for version in LEGACY), (MODERN_VERSION, "2025-11-25"), ("1.0", "2025-11-25"),
+        ("", "2025-11-25"),
         (20250618, "2025-11-25"), (None, "2025-11-25"), (["2025-06-18"], "2025-11-25")])
     def test_initialize(self, server, asked, agreed):
         status, document = post(server, {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
             "protocolVersion": asked, "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}})
         result = document["result"]
         assert status == 200 and result["protocolVersion"] == agreed
-        assert result["serverInfo"]["name"] == "lukhas-mcp-server" and result["serverInfo"]["version"] == lm.__version__
+        assert result["serverInfo"]["name"] == "lukhas-mcp-server"
+        assert result["serverInfo"]["version"] == lm.__version__
         assert "tools" in result["capabilities"] and result["instructions"]
         assert ("title" in result["serverInfo"]) == (agreed >= "2025-06-18")
         status, document = post(server, {"jsonrpc": "2.0", "id": 1, "method": "initialize"})
@@ -14401,22 +14622,31 @@ class TestRpc:
 
     def test_a_name_of_the_environment_is_told(self, make_server):
         server = make_server(LUKHAS_MCP_NAME="staging")
-        _, document = post(server, {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion": "2025-06-18"}})
+        _, document = post(server,
+                           {"jsonrpc": "2.0", "id": 1, "method": "initialize",
+                            "params": {"protocolVersion": "2025-06-18"}})
         assert "staging" in document["result"]["serverInfo"]["title"]
 
-    @pytest.mark.parametrize("request_id", [0, 1, -1, 1.5, "", "a", "\u00e9\u2028", "\ud800", 9007199254740993, 2 ** 63, 2 ** 70,
+    @pytest.mark.parametrize("request_id",
+                             [0, 1, -1, 1.5, "", "a", "\u00e9\u2028", "\ud800", 9007199254740993, 2 ** 63,
+                              2 ** 70,
                                             "x" * 500])
     def test_ids_come_back_as_they_were_sent(self, server, request_id):
         _, document = post(server, {"jsonrpc": "2.0", "id": request_id, "method": "ping"})
-        assert document == {"jsonrpc": "2.0", "id": request_id, "result": {}} and type(document["id"]) is type(request_id)
+        assert document == {"jsonrpc": "2.0", "id": request_id, "result": {}}
+        assert type(document["id"]) is type(request_id)
         assert post(server, {"jsonrpc": "2.0", "id": request_id, "method": "nope"})[1]["id"] == request_id
 
     @pytest.mark.parametrize("body", [
-        {"jsonrpc": "2.0", "method": "notifications/initialized"}, {"jsonrpc": "2.0", "method": "notifications/nonsense"},
+        {"jsonrpc": "2.0", "method": "notifications/initialized"},
+        {"jsonrpc": "2.0", "method": "notifications/nonsense"},
         {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}},
-        {"jsonrpc": "2.0", "method": "tools/call", "params": {"name": "promote_model", "arguments": {"modelId": "n", "gate": "g"}}},
-        {"jsonrpc": "2.0", "id": 1, "result": {}}, {"jsonrpc": "2.0", "id": 1, "error": {"code": 1, "message": "x"}},
-        [{"jsonrpc": "2.0", "method": "notifications/initialized"}, {"jsonrpc": "2.0", "id": 1, "result": {}}]])
+        {"jsonrpc": "2.0", "method": "tools/call",
+         "params": {"name": "promote_model", "arguments": {"modelId": "n", "gate": "g"}}},
+        {"jsonrpc": "2.0", "id": 1, "result": {}},
+        {"jsonrpc": "2.0", "id": 1, "error": {"code": 1, "message": "x"}},
+        [{"jsonrpc": "2.0", "method": "notifications/initialized"},
+         {"jsonrpc": "2.0", "id": 1, "result": {}}]])
     def test_notifications_and_responses_are_taken_in_silence(self, server, body):
         assert post(server, body) == (202, None)
         assert server.call("why", id="n").startswith("No audit narrative")
@@ -14424,16 +14654,23 @@ class TestRpc:
     def test_modern_notifications(self, server):
         headers = modern_headers("notifications/cancelled")
         assert post(server, modern_body("notifications/cancelled", id=...), headers) == (202, None)
-        assert post(server, {"jsonrpc": "2.0", "method": "nope"}, {"MCP-Protocol-Version": MODERN_VERSION}) == (202, None)
+        assert post(server, {"jsonrpc": "2.0", "method": "nope"},
+                    {"MCP-Protocol-Version": MODERN_VERSION}) == (202, None)
 
     @pytest.mark.parametrize(("body", "code", "status"), [
-        (b"", -32700, 400), (b"{", -32700, 400), (b"\xff", -32700, 400), (b"NaN", -32700, 400), (b'{"a":1e999}', -32700, 400),
-        (b"null", -32600, 400), (b"1", -32600, 400), (b'"x"', -32600, 400), (b"{}", -32600, 400), (b"[]", -32600, 400),
+        (b"", -32700, 400), (b"{", -32700, 400), (b"\xff", -32700, 400), (b"NaN", -32700, 400),
+        (b'{"a":1e999}', -32700, 400),
+        (b"null", -32600, 400), (b"1", -32600, 400), (b'"x"', -32600, 400), (b"{}", -32600, 400),
+        (b"[]", -32600, 400),
         (b"[" * 65 + b"]" * 65, -32700, 400),
-        ({"jsonrpc": "1.0", "id": 1, "method": "ping"}, -32600, 400), ({"id": 1, "method": "ping"}, -32600, 400),
-        ({"jsonrpc": 2.0, "id": 1, "method": "ping"}, -32600, 400), ({"jsonrpc": "2.0", "id": 1}, -32600, 400),
-        ({"jsonrpc": "2.0", "id": 1, "method": 5}, -32600, 400), ({"jsonrpc": "2.0", "id": 1, "method": None}, -32600, 400),
-        ({"jsonrpc": "2.0", "id": [1], "method": "ping"}, -32600, 400), ({"jsonrpc": "2.0", "id": {}, "method": "ping"}, -32600, 400),
+        ({"jsonrpc": "1.0", "id": 1, "method": "ping"}, -32600, 400),
+        ({"id": 1, "method": "ping"}, -32600, 400),
+        ({"jsonrpc": 2.0, "id": 1, "method": "ping"}, -32600, 400),
+        ({"jsonrpc": "2.0", "id": 1}, -32600, 400),
+        ({"jsonrpc": "2.0", "id": 1, "method": 5}, -32600, 400),
+        ({"jsonrpc": "2.0", "id": 1, "method": None}, -32600, 400),
+        ({"jsonrpc": "2.0", "id": [1], "method": "ping"}, -32600, 400),
+        ({"jsonrpc": "2.0", "id": {}, "method": "ping"}, -32600, 400),
         ({"jsonrpc": "2.0", "id": True, "method": "ping"}, -32600, 400),
         ({"jsonrpc": "2.0", "id": 1, "method": "ping", "params": 5}, -32602, 200),
         ({"jsonrpc": "2.0", "id": 1, "method": "ping", "params": [1]}, -32602, 200),
@@ -14449,54 +14686,68 @@ class TestRpc:
 
     @pytest.mark.parametrize("header", ["2025-01-01", "", "1", "x" * 300, "2025-06-18, 2025-06-18"])
     def test_an_unknown_version_header_is_400(self, server, header):
-        status, document = post(server, {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}, {"MCP-Protocol-Version": header})
+        status, document = post(server, {"jsonrpc": "2.0", "id": 1, "method": "tools/list"},
+                                {"MCP-Protocol-Version": header})
         assert status == 400 and document["error"]["code"] in (-32602, -32022, -32020) and document["id"] == 1
 
     @pytest.mark.parametrize(("changes", "headers", "code"), [
         # rung by rung; what comes later is broken too, so that the order shows
         ({"jsonrpc": "1", "request_id": None, "meta": {}}, {}, -32600),
         ({"method": 5, "request_id": None, "meta": {}}, {}, -32600),
-        ({"request_id": None, "meta": {}}, {}, -32600), ({"request_id": True}, {"MCP_Protocol_Version": "x"}, -32600),
+        ({"request_id": None, "meta": {}}, {}, -32600),
+        ({"request_id": True}, {"MCP_Protocol_Version": "x"}, -32600),
         ({"request_id": 1.5}, {}, -32600),
-        ({"meta": {}}, {"Mcp_Method": "x"}, -32602), ({"meta": {META + "protocolVersion": MODERN_VERSION}}, {"Mcp_Method": "x"}, -32602),
-        ({"meta": {META + "protocolVersion": MODERN_VERSION, META + "clientCapabilities": []}}, {"Mcp_Method": "x"}, -32602),
-        ({"version": "v999"}, {"Mcp_Method": "x"}, -32020), ({}, {"MCP_Protocol_Version": None, "Mcp_Method": "x"}, -32020),
+        ({"meta": {}}, {"Mcp_Method": "x"}, -32602),
+        ({"meta": {META + "protocolVersion": MODERN_VERSION}}, {"Mcp_Method": "x"}, -32602),
+        ({"meta": {META + "protocolVersion": MODERN_VERSION, META + "clientCapabilities": []}},
+         {"Mcp_Method": "x"}, -32602),
+        ({"version": "v999"}, {"Mcp_Method": "x"}, -32020),
+        ({}, {"MCP_Protocol_Version": None, "Mcp_Method": "x"}, -32020),
         ({}, {"MCP_Protocol_Version": "2025-06-18"}, -32020),
         ({"version": "v999"}, {"MCP_Protocol_Version": "v999", "Mcp_Method": "x"}, -32022),
         ({"version": "2025-06-18"}, {"MCP_Protocol_Version": "2025-06-18"}, -32022),
-        ({}, {"Mcp_Method": None, "Mcp_Name": "x"}, -32020), ({}, {"Mcp_Method": "Tools/Call", "Mcp_Name": "x"}, -32020),
-        ({}, {"Mcp_Name": None}, -32020), ({}, {"Mcp_Name": "status"}, -32020), ({}, {"Mcp_Name": "LIST_JOBS"}, -32020),
+        ({}, {"Mcp_Method": None, "Mcp_Name": "x"}, -32020),
+        ({}, {"Mcp_Method": "Tools/Call", "Mcp_Name": "x"}, -32020),
+        ({}, {"Mcp_Name": None}, -32020), ({}, {"Mcp_Name": "status"}, -32020),
+        ({}, {"Mcp_Name": "LIST_JOBS"}, -32020),
         ({}, {"Mcp_Name": "=?base64?!!!?="}, -32020), ({}, {"Mcp_Name": "=?base64?bGlzdF9qb2J?="}, -32020)])
     def test_the_modern_ladder(self, server, changes, headers, code):
         method = changes.pop("method", "tools/call") if "method" in changes else "tools/call"
         changes = dict(changes)
         rest = {"jsonrpc": changes.pop("jsonrpc")} if "jsonrpc" in changes else {}
-        body = modern_body("tools/call", {"name": "list_jobs", "arguments": {}}, **changes, **rest) | {"method": method}
+        body = modern_body("tools/call", {"name": "list_jobs", "arguments": {}}, **changes,
+                           **rest) | {"method": method}
         status, document = post(server, body, modern_headers("tools/call", name="list_jobs", **headers))
         assert status == 400 and document["error"]["code"] == code, document
-        assert document.get("id", "absent") == ("absent" if not isinstance(body["id"], (int, float)) or body["id"] is True else body["id"])
+        assert document.get("id",
+                            "absent") == ("absent" if not isinstance(body["id"], (int, float))
+                                          or body["id"] is True else body["id"])
         if code == -32022:
-            assert document["error"]["data"] == {"supported": [MODERN_VERSION], "requested": body["params"]["_meta"][META + "protocolVersion"]}
+            assert document["error"]["data"] == {"supported": [MODERN_VERSION],
+                                                 "requested": body["params"]["_meta"][META + "protocolVersion"]}
 
     def test_modern_parse_errors_and_arrays(self, server):
         headers = modern_headers("ping")
         for body, code in ((b"{", -32700), ([modern_body("tools/list")], -32600), (b"[]", -32600),
                            ({"jsonrpc": "2.0", "id": 1, "result": {}}, -32600)):
             status, document = post(server, body, headers)
-            assert status == 400 and document["error"]["code"] == code and document.get("id") is None or code == -32600
+            assert (status, document["error"]["code"]) == (400, code)
 
     def test_the_era_is_told_by_the_body_first(self, server):
         status, document = post(server, modern_body("tools/list"))
-        assert (status, document["error"]["code"]) == (400, -32020), "modern by its _meta, and the header is missing"
+        assert (status, document["error"]["code"]) == (400, -32020), "modern by its _meta"
         status, document = post(server, {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {}},
                                 {"MCP-Protocol-Version": MODERN_VERSION})
         assert (status, document["error"]["code"], document["id"]) == (400, -32602, 1)
         legacy = {"Mcp-Method": "ping", "MCP-Protocol-Version": "2025-06-18"}
         assert post(server, {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}, legacy)[0] == 200
-        status, document = post(server, modern_body("initialize", EXAMPLE_PARAMS["initialize"]), modern_headers("initialize"))
+        status, document = post(server, modern_body("initialize", EXAMPLE_PARAMS["initialize"]),
+                                modern_headers("initialize"))
         assert (status, document["error"]["code"]) == (404, -32601)
 
-    @pytest.mark.parametrize("name", ["list_jobs", " list_jobs\t", "=?base64?" + base64.b64encode(b"list_jobs").decode() + "?="])
+    @pytest.mark.parametrize("name",
+                             ["list_jobs", " list_jobs\t",
+                              "=?base64?" + base64.b64encode(b"list_jobs").decode() + "?="])
     def test_names_in_headers(self, server, name):
         body = modern_body("tools/call", {"name": "list_jobs", "arguments": {}})
         status, document = post(server, body, modern_headers("tools/call", name=name))
@@ -14505,9 +14756,11 @@ class TestRpc:
     def test_a_repeated_routing_header_is_refused(self, server):
         body = json.dumps(modern_body("tools/list")).encode()
         for name, value in (("Mcp-Method", "tools/list"), ("MCP-Protocol-Version", MODERN_VERSION)):
-            head = "".join(f"{key}: {text}\r\n" for key, text in (*modern_headers("tools/list").items(), (name, value)))
+            head = "".join(f"{key}: {text}\r\n" for key,
+                           text in (*modern_headers("tools/list").items(), (name, value)))
             with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-                connection.sendall(f"POST /mcp HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
+                connection.sendall("POST /mcp HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                                   "Content-Type: application/json\r\n"
                                    f"Content-Length: {len(body)}\r\n{head}\r\n".encode() + body)
                 text = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
             assert text.startswith("HTTP/1.1 400 ") and "-32020" in text, text
@@ -14516,7 +14769,8 @@ class TestRpc:
         server_info = {"name": "lukhas-mcp-server", "version": lm.__version__}
         _, discover = ask_modern(server, "server/discover")
         result = discover["result"]
-        assert result["supportedVersions"] == [MODERN_VERSION] and "tools" in result["capabilities"] and "serverInfo" not in result
+        assert result["supportedVersions"] == [MODERN_VERSION] and "tools" in result["capabilities"]
+        assert "serverInfo" not in result
         for method in ("server/discover", "tools/list"):
             result = ask_modern(server, method)[1]["result"]
             assert result["ttlMs"] >= 0 and result["cacheScope"] in ("public", "private")
@@ -14536,11 +14790,15 @@ class TestRpc:
         (None, {"name", "title", "description", "inputSchema", "outputSchema", "annotations"})])
     def test_what_a_revision_does_not_know_is_left_out(self, server, version, fields):
         headers = {"MCP-Protocol-Version": version} if version else {}
-        tools = post(server, {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}, headers)[1]["result"]["tools"]
-        assert [one["name"] for one in tools] == list(lm.TOOLS) and {key for one in tools for key in one} == fields
-        call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "list_jobs", "arguments": None}}
+        tools = post(server, {"jsonrpc": "2.0", "id": 1, "method": "tools/list"},
+                     headers)[1]["result"]["tools"]
+        assert [one["name"] for one in tools] == list(lm.TOOLS)
+        assert {key for one in tools for key in one} == fields
+        call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call",
+                "params": {"name": "list_jobs", "arguments": None}}
         result = post(server, call, headers)[1]["result"]
-        assert ("structuredContent" in result) == ("outputSchema" in fields) and result["content"][0]["type"] == "text"
+        assert ("structuredContent" in result) == ("outputSchema" in fields)
+        assert result["content"][0]["type"] == "text"
 
     def test_cursors(self, server):
         ask = {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {"cursor": "x"}}
@@ -14550,7 +14808,8 @@ class TestRpc:
 
     def test_batches(self, server):
         ping = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
-        batch = [ping, {"jsonrpc": "2.0", "method": "notifications/initialized"}, ping | {"id": "b", "method": "nope"}, 5,
+        batch = [ping, {"jsonrpc": "2.0", "method": "notifications/initialized"},
+                 ping | {"id": "b", "method": "nope"}, 5,
                  ping | {"id": None}]
         for headers in ({}, {"MCP-Protocol-Version": "2025-03-26"}):
             status, documents = post(server, batch, headers)
@@ -14564,7 +14823,8 @@ class TestRpc:
         assert post(server, [[ping]])[1][0]["error"]["code"] == -32600
 
     def test_initialize_is_not_for_batches(self, server):
-        message = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion": "2025-03-26"}}
+        message = {"jsonrpc": "2.0", "id": 1, "method": "initialize",
+                   "params": {"protocolVersion": "2025-03-26"}}
         status, document = post(server, [message, message | {"id": 2, "method": "ping"}])
         found = document if isinstance(document, dict) else document[0]
         assert found["error"]["code"] == -32600
@@ -14582,11 +14842,14 @@ class TestRpc:
 
     @hypothesis.settings(max_examples=200)
     @hypothesis.given(ANY_JSON.map(lambda value: json.dumps(value, allow_nan=False, default=str)
-                                   if value == value and "Infinity" not in json.dumps(value) and "NaN" not in json.dumps(value) else "0")
+                                   if value == value and "Infinity" not in json.dumps(value)
+                                   and "NaN" not in json.dumps(value) else "0")
                       | st.builds(lambda **parts: json.dumps(parts), jsonrpc=st.sampled_from(["2.0", 2]),
                                   id=st.one_of(st.none(), st.integers(), st.booleans(), st.text(max_size=3)),
-                                  method=st.sampled_from(["ping", "initialize", "server/discover", "nope", 5, None]),
-                                  params=st.one_of(st.none(), st.just({}), st.just([]), st.just({"_meta": {META + "protocolVersion": "x"}}),
+                                  method=st.sampled_from(["ping", "initialize", "server/discover", "nope", 5,
+                                                          None]),
+                                  params=st.one_of(st.none(), st.just({}), st.just([]),
+                                                   st.just({"_meta": {META + "protocolVersion": "x"}}),
                                                    st.just({"_meta": None}))),
                       st.sampled_from([None, MODERN_VERSION, "2025-06-18", "x"]))
     def test_any_message_has_a_proper_answer(self, body, header):
@@ -14866,7 +15129,8 @@ def take_route(server, verb, path, headers=None):
     """Take a route with all that it needs; a stream is left after its head."""
     body = ROUTE_BODY.get(path) if verb == "POST" else None
     kind = JSON_KIND if body else {"Accept": "text/event-stream"} if path == "/mcp" else {}
-    with server.sse(path=path + ROUTE_QUERY.get(path, ""), headers=kind | (headers or {})) if verb == "GET" and path in (
+    with server.sse(path=path + ROUTE_QUERY.get(path, ""),
+                    headers=kind | (headers or {})) if verb == "GET" and path in (
             "/sse", "/mcp") else contextlib.nullcontext() as stream:
         if stream is not None:
             text = b"" if stream.status == 200 else stream.read_rest()
@@ -14887,19 +15151,23 @@ class TestRoutes:
     """Derived from the table of routes, and the rules around it."""
 
     def test_the_routes_of_the_contract(self):
-        assert {("POST", "/mcp"), ("GET", "/mcp"), ("GET", "/sse"), ("POST", "/observe"), ("GET", "/cockpit.html"), ("GET", "/cockpit"),
-                ("GET", "/"), ("GET", "/health"), ("GET", "/healthz"), ("HEAD", "/healthz"), ("GET", "/readyz"),
+        assert {("POST", "/mcp"), ("GET", "/mcp"), ("GET", "/sse"), ("POST", "/observe"),
+                ("GET", "/cockpit.html"), ("GET", "/cockpit"),
+                ("GET", "/"), ("GET", "/health"), ("GET", "/healthz"), ("HEAD", "/healthz"),
+                ("GET", "/readyz"),
                 ("HEAD", "/readyz"), ("GET", "/metrics")} <= {(verb, path) for verb, path, _ in ALL_ROUTES}
         assert {path for _, path, one in ALL_ROUTES if one.access == "open"} == {
             "/", "/health", "/healthz", "/readyz", "/cockpit", "/cockpit.html"}
         for verb, path, one in ALL_ROUTES:
-            assert (one.method, one.path) == (verb, path) and one.access in ("open", "any", "viewer", "observe", "operator", "admin")
+            assert (one.method, one.path) == (verb, path)
+            assert one.access in ("open", "any", "viewer", "observe", "operator", "admin")
             assert one.access == "open" or one.cost >= 1, "what needs a key counts for the limit"
             assert one.handler.__doc__
 
     @pytest.mark.parametrize(("verb", "path", "one"), ALL_ROUTES, ids=ROUTE_IDS)
     def test_keys(self, locked_server, verb, path, one):
-        for headers in ({}, {"X-API-Key": "wrong"}, {"X-API-Key": ""}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"},
+        for headers in ({}, {"X-API-Key": "wrong"}, {"X-API-Key": ""}, {"Authorization": "Bearer wrong"},
+                        {"Authorization": "Bearer"},
                         {"X-API-Key": "wrong", "Authorization": "Bearer " + ROLE_KEYS["admin"]},
                         {"Authorization": "Basic " + ROLE_KEYS["admin"]}):
             answer = take_route(locked_server, verb, path, headers)
@@ -14908,17 +15176,21 @@ class TestRoutes:
                 continue
             assert answer.status == 401 and answer.headers["www-authenticate"].startswith("Bearer"), headers
             if path == "/mcp" and not one.is_plain:
-                assert answer.json == {"jsonrpc": "2.0", "id": None, "error": {"code": -32000, "message": "Unauthorized"}}
+                assert answer.json == {"jsonrpc": "2.0", "id": None,
+                                       "error": {"code": -32000, "message": "Unauthorized"}}
             elif one.is_plain:
                 assert answer.text == "unauthorized"
             else:
                 assert answer.json["error"] == "Unauthorized"
         for role, secret in ROLE_KEYS.items():
             reaches = one.access in ("open", "any") or lm.Principal("x", role).may(one.access)
-            for headers in ({"X-API-Key": secret}, {"Authorization": "Bearer " + secret}, {"authorization": "bearer  " + secret},
-                            {"Authorization": secret}, {"X-API-Key": secret, "Authorization": "Bearer wrong"}):
+            for headers in ({"X-API-Key": secret}, {"Authorization": "Bearer " + secret},
+                            {"authorization": "bearer  " + secret},
+                            {"Authorization": secret},
+                            {"X-API-Key": secret, "Authorization": "Bearer wrong"}):
                 answer = take_route(locked_server, verb, path, headers)
-                assert answer.status == (answer.status if reaches else 403) and answer.status not in (401, 500), (role, headers)
+                assert answer.status == (answer.status if reaches else 403)
+                assert answer.status not in (401, 500), (role, headers)
                 assert reaches == (answer.status != 403)
                 if not reaches:
                     assert one.access in answer.text and role in answer.text and secret not in answer.text
@@ -14933,7 +15205,8 @@ class TestRoutes:
             with locked_server.sse(path=target.replace("key=", "key=x")) as stream:
                 assert stream.status == 401
         else:
-            answer = locked_server.request(verb, target, ROUTE_BODY.get(path) if verb == "POST" else None, JSON_KIND)
+            answer = locked_server.request(verb, target, ROUTE_BODY.get(path) if verb == "POST" else None,
+                                           JSON_KIND)
             assert answer.status == (200 if verb == "GET" or one.access == "open" else 401)
         wait_until(lambda: any("***" in line.get("path", "") for line in locked_server.log_lines))
         assert secret not in locked_server.stderr + locked_server.stdout
@@ -14941,9 +15214,11 @@ class TestRoutes:
     def test_a_key_in_the_address_of_a_post_must_be_allowed(self, make_server):
         server = make_server(LUKHAS_MCP_API_KEYS="a:s3cret-key", LUKHAS_MCP_KEY_IN_URL=1)
         assert server.request("POST", "/mcp?key=s3cret-key", ROUTE_BODY["/mcp"], JSON_KIND).status == 200
-        assert server.request("POST", "/mcp?key=s3cret-key&key=s3cret-key", ROUTE_BODY["/mcp"], JSON_KIND).status == 400
+        assert server.request("POST", "/mcp?key=s3cret-key&key=s3cret-key", ROUTE_BODY["/mcp"],
+                              JSON_KIND).status == 400
         assert server.request("POST", "/mcp?k%65y=s3cret-key", ROUTE_BODY["/mcp"], JSON_KIND).status == 200
-        assert server.request("POST", "/mcp?key=s3cret-key", ROUTE_BODY["/mcp"], JSON_KIND | {"X-API-Key": "x"}).status == 401
+        assert server.request("POST", "/mcp?key=s3cret-key", ROUTE_BODY["/mcp"],
+                              JSON_KIND | {"X-API-Key": "x"}).status == 401
         server.stop()
         assert "s3cret" not in server.stderr and "***" in server.stderr
 
@@ -14953,10 +15228,14 @@ class TestRoutes:
             answer = server.request(verb, path)
             assert answer.status == 405, verb
             assert answer.headers["allow"] == ", ".join(sorted({*lm.ROUTES[path], "OPTIONS"}))
-            assert verb == "HEAD" or answer.json["error"] == "Method Not Allowed" and verb in answer.json["message"]
+            assert verb == "HEAD" or answer.json["error"] == "Method Not Allowed"
+            assert verb == "HEAD" or verb in answer.json["message"]
 
-    @pytest.mark.parametrize("path", ["/nope", "/mcp/", "/MCP", "//", "/sse/x", "/.well-known/oauth-authorization-server", "/authorize",
-                                      "/token", "/register", "/.well-known/openid-configuration", "/favicon.ico", "/mcp%2f"])
+    @pytest.mark.parametrize("path",
+                             ["/nope", "/mcp/", "/MCP", "//", "/sse/x",
+                              "/.well-known/oauth-authorization-server", "/authorize",
+                                      "/token", "/register", "/.well-known/openid-configuration",
+                              "/favicon.ico", "/mcp%2f"])
     def test_nothing_there(self, server, path):
         for verb in ("GET", "POST", "HEAD"):
             answer = server.request(verb, path)
@@ -14971,28 +15250,36 @@ class TestRoutes:
     def test_every_answer_is_guarded(self, server):
         for path in ("/", "/health", "/nope", "/metrics", "/cockpit.html"):
             answer = server.request("GET", path)
-            assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["referrer-policy"] == "no-referrer"
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.headers["referrer-policy"] == "no-referrer"
             assert "date" in answer.headers
         assert server.request("GET", "/metrics").headers["cache-control"] == "no-store"
         page = server.request("GET", "/cockpit.html")
         if page.status == 200:
             policy = page.headers["content-security-policy"]
-            assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
-            assert page.headers["x-frame-options"] == "DENY" and server.request("GET", "/cockpit").body == page.body
+            assert "default-src 'none'" in policy and "unsafe" not in policy
+            assert "frame-ancestors 'none'" in policy
+            assert page.headers["x-frame-options"] == "DENY"
+            assert server.request("GET", "/cockpit").body == page.body
 
     @pytest.mark.parametrize(("headers", "status"), [
-        ({"Host": "localhost"}, 200), ({"Host": "127.0.0.1:9"}, 200), ({"Host": "[::1]:80"}, 200), ({"Host": "LOCALHOST:1"}, 200),
-        ({"Host": "evil.example"}, 421), ({"Host": "127.0.0.1.evil.example"}, 421), ({"Host": "localhost.evil"}, 421),
+        ({"Host": "localhost"}, 200), ({"Host": "127.0.0.1:9"}, 200), ({"Host": "[::1]:80"}, 200),
+        ({"Host": "LOCALHOST:1"}, 200),
+        ({"Host": "evil.example"}, 421), ({"Host": "127.0.0.1.evil.example"}, 421),
+        ({"Host": "localhost.evil"}, 421),
         ({"Host": "10.0.0.1"}, 421), ({"Host": "evil.example", "Origin": "http://evil.example"}, 421),
-        ({"Origin": "http://localhost:3000"}, 200), ({"Origin": "http://127.0.0.1"}, 200), ({"Origin": "https://[::1]:7"}, 200),
-        ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost.evil"}, 403),
+        ({"Origin": "http://localhost:3000"}, 200), ({"Origin": "http://127.0.0.1"}, 200),
+        ({"Origin": "https://[::1]:7"}, 200),
+        ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost.evil"}, 403),
         ({"Origin": "http://localhost@evil"}, 403), ({"Origin": "file://"}, 403), ({"Origin": ""}, 403)])
     def test_hosts_and_origins_without_keys(self, server, headers, status):
         answer = server.request("POST", "/mcp", ROUTE_BODY["/mcp"], JSON_KIND | headers)
         assert answer.status == status
         for path in ("/", "/healthz", "/sse?topic=jobs", "/metrics", "/nope", "/cockpit.html"):
             if status != 200:
-                assert server.request("GET", path, None, headers).status == status, "every route, the open ones too"
+                assert server.request("GET", path, None,
+                                      headers).status == status, "every route, the open ones too"
         if "Origin" in headers and status == 200:
             assert answer.headers["access-control-allow-origin"] == headers["Origin"]
             assert "access-control-allow-credentials" not in answer.headers
@@ -15001,16 +15288,21 @@ class TestRoutes:
 
     def test_hosts_and_origins_with_keys(self, make_server):
         server = make_server(LUKHAS_MCP_API_KEYS="k", LUKHAS_MCP_CORS_ORIGINS="https://ok.example", key="k")
-        for headers, status in (({"Host": "anything.example"}, 200), ({"Host": "x.example", "Origin": "https://x.example"}, 200),
-                                ({"Origin": "https://ok.example"}, 200), ({"Origin": "http://ok.example"}, 403),
+        for headers, status in (({"Host": "anything.example"}, 200),
+                                ({"Host": "x.example", "Origin": "https://x.example"}, 200),
+                                ({"Origin": "https://ok.example"}, 200),
+                                ({"Origin": "http://ok.example"}, 403),
                                 ({"Origin": "https://ok.example.evil"}, 403), ({"Origin": "null"}, 403)):
             answer = server.request("POST", "/mcp", ROUTE_BODY["/mcp"], JSON_KIND | headers)
             assert answer.status == status, headers
-        public = make_server(LUKHAS_MCP_API_KEYS="k", LUKHAS_MCP_ALLOWED_HOSTS="in.example", key="k", port=free_port(),
+        public = make_server(LUKHAS_MCP_API_KEYS="k", LUKHAS_MCP_ALLOWED_HOSTS="in.example", key="k",
+                             port=free_port(),
                              LUKHAS_MCP_PUBLIC_URL="https://ops.example/base")
-        for headers, status in (({"Host": "in.example:8"}, 200), ({"Host": "ops.example"}, 200), ({"Host": "x.example"}, 421),
+        for headers, status in (({"Host": "in.example:8"}, 200), ({"Host": "ops.example"}, 200),
+                                ({"Host": "x.example"}, 421),
                                 ({"Origin": "https://ops.example"}, 200)):
-            assert public.request("POST", "/mcp", ROUTE_BODY["/mcp"], JSON_KIND | headers).status == status, headers
+            assert public.request("POST", "/mcp", ROUTE_BODY["/mcp"],
+                                  JSON_KIND | headers).status == status, headers
         assert public.request("GET", "/").json["mcp_endpoint"] == "https://ops.example/base/mcp"
 
     @pytest.mark.parametrize("path", ["/mcp", "/sse", "/nope", "/"])
@@ -15020,21 +15312,26 @@ class TestRoutes:
             "Access-Control-Request-Headers": "content-type, x-api-key, mcp-param-x, evil"})
         assert answer.status in (200, 204) and not answer.body
         allowed = {name.strip().lower() for name in answer.headers["access-control-allow-headers"].split(",")}
-        assert {"content-type", "authorization", "x-api-key", "accept", "last-event-id", "mcp-protocol-version", "mcp-session-id",
+        assert {"content-type", "authorization", "x-api-key", "accept", "last-event-id",
+                "mcp-protocol-version", "mcp-session-id",
                 "mcp-method", "mcp-name", "mcp-param-x"} <= allowed and "evil" not in allowed
         assert "POST" in answer.headers["access-control-allow-methods"]
-        assert answer.headers["access-control-allow-origin"] == "http://localhost:3000" and "Origin" in answer.headers["vary"]
+        assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
+        assert "Origin" in answer.headers["vary"]
         assert locked_server.request("OPTIONS", path, None, {"Origin": "http://evil.example"}).status == 403
 
     @pytest.mark.parametrize(("headers", "status"), [
-        ({}, 415), ({"Content-Type": "text/plain"}, 415), ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ({}, 415), ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
         ({"Content-Type": "multipart/form-data"}, 415), ({"Content-Type": "application/jsonx"}, 415),
-        ({"Content-Type": "application/json; charset=utf-8"}, 200), ({"Content-Type": "Application/JSON"}, 200),
+        ({"Content-Type": "application/json; charset=utf-8"}, 200),
+        ({"Content-Type": "Application/JSON"}, 200),
         ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415),
         ({"Content-Type": "application/json", "Content-Encoding": "identity"}, 200)])
     def test_content_types(self, server, headers, status):
         answer = server.request("POST", "/mcp", ROUTE_BODY["/mcp"], headers)
-        assert answer.status == status and (status == 200 or "application/json" in answer.text or "Encoding" in answer.text)
+        assert answer.status == status
+        assert (status == 200 or "application/json" in answer.text or "Encoding" in answer.text)
 
     def test_the_root(self, server):
         answer = server.request("GET", "/", None, {"Accept": "*/*"}).json
@@ -15046,11 +15343,14 @@ class TestRoutes:
 
     def test_health(self, server):
         health = server.request("GET", "/health").json
-        assert health["status"] == "healthy" and health["server"] == "lukhas-mcp-server" and health["version"] == lm.__version__
-        assert abs(lm.parse_utc(health["timestamp"]) - time.time()) < 60 and health["mcp_version"] == "2025-11-25"
+        assert health["status"] == "healthy" and health["server"] == "lukhas-mcp-server"
+        assert health["version"] == lm.__version__
+        assert abs(lm.parse_utc(health["timestamp"]) - time.time()) < 60
+        assert health["mcp_version"] == "2025-11-25"
         for path in ("/healthz", "/readyz"):
             got, head = server.request("GET", path), server.request("HEAD", path)
-            assert got.status == head.status == 200 and not head.body and head.headers["content-length"] == str(len(got.body))
+            assert got.status == head.status == 200 and not head.body
+            assert head.headers["content-length"] == str(len(got.body))
         ready = server.request("GET", "/readyz").json
         assert ready["status"] == "ready" and ready["controller"]["held"] is True
 
@@ -15075,12 +15375,15 @@ class TestRoutes:
         wait_until(lambda: read_metrics(server.request("GET", "/metrics").text)["lukhas_sse_clients"] == 0)
 
     def test_observe(self, server):
-        lines = ['{"gate":"g","requests":[{"latency_ms":1,"ok":true}]}', "", "  ", "no json", "5", '{"gate":"g"}',
+        lines = ['{"gate":"g","requests":[{"latency_ms":1,"ok":true}]}', "", "  ", "no json", "5",
+                 '{"gate":"g"}',
                  '{"gate":"g","latency_ms":[1,2],"errors":1}', '{"gate":"a b","latency_ms":[1],"errors":0}']
-        answer = server.request("POST", "/observe", "\r\n".join(lines), {"Content-Type": "application/x-ndjson"})
+        answer = server.request("POST", "/observe", "\r\n".join(lines),
+                                {"Content-Type": "application/x-ndjson"})
         assert answer.status == 202 and answer.json["accepted"] == 3
         assert [one["line"] for one in answer.json["rejected"]] == [4, 5, 6, 8]
-        assert all(one["error"] for one in answer.json["rejected"]) and "JSON" in answer.json["rejected"][0]["error"]
+        assert all(one["error"] for one in answer.json["rejected"])
+        assert "JSON" in answer.json["rejected"][0]["error"]
         assert server.request("POST", "/observe", lines[0], {"Content-Type": "text/plain"}).status == 415
         flood = server.request("POST", "/observe", "1\n" * 1_000_000, JSON_KIND)
         assert flood.status == 413 and "10000" in flood.text
@@ -15089,62 +15392,79 @@ class TestRoutes:
         server = make_server(MCP_RL_BUCKET=3, MCP_RL_WINDOW_MS=600_000)
         answers = [server.request("POST", "/mcp", ROUTE_BODY["/mcp"], JSON_KIND) for _ in range(5)]
         assert [one.status for one in answers] == [200, 200, 200, 429, 429]
-        assert answers[3].json == {"jsonrpc": "2.0", "id": None, "error": {"code": -32001, "message": "Rate limit"}}
+        assert answers[3].json == {"jsonrpc": "2.0", "id": None,
+                                   "error": {"code": -32001, "message": "Rate limit"}}
         assert 0 < int(answers[3].headers["retry-after"]) <= 600
-        assert answers[0].headers["ratelimit"] == '"default";r=2;t=200' and "ratelimit-policy" in answers[0].headers
+        assert answers[0].headers["ratelimit"] == '"default";r=2;t=200'
+        assert "ratelimit-policy" in answers[0].headers
         for path in ("/sse?topic=jobs", "/metrics"):
             assert server.request("GET", path).status == 429
         for path in ("/", "/health", "/healthz", "/readyz", "/cockpit.html", "/nope"):
             assert server.request("GET", path).status in (200, 404), "what is open has no limit"
-        assert server.request("POST", "/mcp", ROUTE_BODY["/mcp"], JSON_KIND | {"X-Forwarded-For": "1.2.3.4"}).status == 429
+        assert server.request("POST", "/mcp", ROUTE_BODY["/mcp"],
+                              JSON_KIND | {"X-Forwarded-For": "1.2.3.4"}).status == 429
 
     def test_stopping_has_a_reserve(self, make_server):
         server = make_server(MCP_RL_BUCKET=3, MCP_RL_WINDOW_MS=600_000)
         job_id = "job_00000000"
         for _ in range(3):
             server.call("list_jobs")
-        call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "status", "arguments": {"jobId": job_id}}}
+        call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call",
+                "params": {"name": "status", "arguments": {"jobId": job_id}}}
         assert server.rpc("tools/call", call["params"])[0] == 429
-        for name, arguments in (("abort_canary", {"canaryId": "canary_x"}), ("cancel_job", {"jobId": job_id})):
+        for name, arguments in (("abort_canary", {"canaryId": "canary_x"}),
+                                ("cancel_job", {"jobId": job_id})):
             status, _, document = server.rpc("tools/call", {"name": name, "arguments": arguments})
             assert status == 200 and "result" in document, name
         assert server.rpc("tools/call", {"name": "delete_file", "arguments": {}})[0] == 429
         assert server.rpc("tools/call", {"name": "cancel_job", "arguments": {}}, request_id=2)[0] == 200
-        assert server.rpc("tools/call", {"name": "cancel_job", "arguments": {}})[0] == 429, "the reserve has an end too"
-        for body in (b"{", b"[]", b'{"method":"tools/call","params":{"name":["cancel_job"]}}', b'{"method":"tools/call"}', b"5"):
+        assert server.rpc("tools/call",
+                          {"name": "cancel_job", "arguments": {}})[0] == 429, "the reserve has an end too"
+        for body in (b"{", b"[]", b'{"method":"tools/call","params":{"name":["cancel_job"]}}',
+                     b'{"method":"tools/call"}', b"5"):
             assert server.request("POST", "/mcp", body, JSON_KIND).status == 429
 
     def test_wrong_keys_draw_from_the_address(self, make_server):
         server = make_server(MCP_RL_BUCKET=3, MCP_RL_WINDOW_MS=600_000, LUKHAS_MCP_API_KEYS="a:one,b:two")
-        ask = lambda key: server.request("POST", "/mcp", ROUTE_BODY["/mcp"], JSON_KIND | {"X-API-Key": key}).status
+        ask = lambda key: server.request("POST", "/mcp", ROUTE_BODY["/mcp"],
+                                         JSON_KIND | {"X-API-Key": key}).status
         assert [ask(f"guess-{at}") for at in range(5)] == [401, 401, 401, 429, 429]
         assert [ask("one") for _ in range(4)] == [200, 200, 200, 429], "a good key has a bucket of its own"
         assert ask("two") == 200 and ask("guess") == 429
 
     def test_trusted_proxies(self, make_server):
-        server = make_server(MCP_RL_BUCKET=1, MCP_RL_WINDOW_MS=600_000, LUKHAS_MCP_TRUSTED_PROXIES="127.0.0.0/8,::1")
-        ask = lambda who: server.request("POST", "/mcp", ROUTE_BODY["/mcp"], JSON_KIND | {"X-Forwarded-For": who}).status
-        assert [ask("9.9.9.9"), ask("9.9.9.9"), ask("8.8.8.8"), ask("1.1.1.1, 8.8.8.8")] == [200, 429, 200, 429]
+        server = make_server(MCP_RL_BUCKET=1, MCP_RL_WINDOW_MS=600_000,
+                             LUKHAS_MCP_TRUSTED_PROXIES="127.0.0.0/8,::1")
+        ask = lambda who: server.request("POST", "/mcp", ROUTE_BODY["/mcp"],
+                                         JSON_KIND | {"X-Forwarded-For": who}).status
+        assert [ask("9.9.9.9"), ask("9.9.9.9"), ask("8.8.8.8"), ask("1.1.1.1, 8.8.8.8")] == [200, 429, 200,
+            429]
         server.stop()
-        assert [line["ip"] for line in server.log_lines if line.get("path") == "/mcp"] == ["9.9.9.9", "9.9.9.9", "8.8.8.8", "8.8.8.8"]
+        assert [line["ip"] for line in server.log_lines if line.get("path") == "/mcp"] == ["9.9.9.9",
+            "9.9.9.9", "8.8.8.8", "8.8.8.8"]
 
     def test_the_access_log(self, make_server):
         server = make_server(LUKHAS_MCP_API_KEYS="ann:viewer:the-secret")
         server.key = "the-secret"
-        server.request("GET", "/metrics?a=1&key=hidden", None, {"User-Agent": "agent/1\u00e9".encode("latin-1")})
+        server.request("GET", "/metrics?a=1&key=hidden", None,
+                       {"User-Agent": "agent/1\u00e9".encode("latin-1")})
         server.key = ""
         server.request("GET", "/sse?topic=jobs&KEY=alsohidden")
         server.stop()
         lines = [line for line in server.log_lines if line.get("path", "").startswith(("/metrics", "/sse"))]
-        assert [(one["method"], one["status"], one["key"]) for one in lines] == [("GET", 200, "ann"), ("GET", 401, None)]
-        assert lines[0]["path"] == "/metrics?a=1&key=***" and lines[0]["ua"].startswith("agent/1") and lines[0]["ms"] >= 0
+        assert [(one["method"], one["status"], one["key"]) for one in lines] == [("GET", 200, "ann"),
+            ("GET", 401, None)]
+        assert lines[0]["path"] == "/metrics?a=1&key=***" and lines[0]["ua"].startswith("agent/1")
+        assert lines[0]["ms"] >= 0
         assert lines[0]["ip"] == "127.0.0.1" and lines[0]["ts"].endswith("Z")
         assert "hidden" not in server.stderr.replace("***", "") and "the-secret" not in server.stderr
 
     def test_streams_are_bounded(self, make_server):
-        server = make_server(LUKHAS_MCP_MAX_STREAMS_PER_KEY=2, LUKHAS_MCP_MAX_STREAMS=3, LUKHAS_MCP_API_KEYS="a:one,b:two")
+        server = make_server(LUKHAS_MCP_MAX_STREAMS_PER_KEY=2, LUKHAS_MCP_MAX_STREAMS=3,
+                             LUKHAS_MCP_API_KEYS="a:one,b:two")
         with contextlib.ExitStack() as stack:
-            opened = [stack.enter_context(server.sse("jobs", headers={"X-API-Key": key})) for key in ("one", "one", "one", "two", "two")]
+            opened = [stack.enter_context(server.sse("jobs", headers={"X-API-Key": key}))
+                      for key in ("one", "one", "one", "two", "two")]
             assert [one.status for one in opened] == [200, 200, 429, 200, 429]
             assert int(opened[2].headers["retry-after"]) > 0
         opened.clear()
@@ -15234,11 +15554,15 @@ class TestExports:
 
 
 SNAPSHOT = {"jobs": [
-    {"jobId": "job_0000000a", "taskId": "t", "configId": "c", "status": "COMPLETED", "startedAt": "2025-06-01T10:00:00.000Z",
-     "updatedAt": "2025-06-01T10:00:01.000Z", "result": {"taskId": "t", "configId": "c", "metrics": {"a": 1}, "artifacts": []}},
-    {"jobId": "job_0000000b", "taskId": "t", "configId": "c", "status": "RUNNING", "startedAt": "2025-06-01T10:00:02.000Z",
+    {"jobId": "job_0000000a", "taskId": "t", "configId": "c", "status": "COMPLETED",
+     "startedAt": "2025-06-01T10:00:00.000Z",
+     "updatedAt": "2025-06-01T10:00:01.000Z",
+     "result": {"taskId": "t", "configId": "c", "metrics": {"a": 1}, "artifacts": []}},
+    {"jobId": "job_0000000b", "taskId": "t", "configId": "c", "status": "RUNNING",
+     "startedAt": "2025-06-01T10:00:02.000Z",
      "updatedAt": "2025-06-01T10:00:02.000Z"}],
-    "models": [{"modelId": "m", "gates": ["stage", "prod"], "promoted": True, "promotedAt": "2025-06-01T10:00:03.000Z"}]}
+    "models": [{"modelId": "m", "gates": ["stage", "prod"], "promoted": True,
+                "promotedAt": "2025-06-01T10:00:03.000Z"}]}
 
 
 class TestLease:
@@ -15258,7 +15582,8 @@ class TestLease:
             lm.Lease(str(tmp_path / "nowhere" / "x.db"), "pid 1").try_acquire()
 
     def test_a_dead_holder_holds_nothing(self, tmp_path):
-        process = run_python("lease = lm.Lease(sys.argv[1], 'pid 7'); print(lease.try_acquire(), flush=True); sys.stdin.read()",
+        process = run_python("lease = lm.Lease(sys.argv[1], 'pid 7')\n"
+                             "print(lease.try_acquire(), flush=True)\nsys.stdin.read()",
                              tmp_path / "x.db")
         assert process.stdout.readline() == "True\n"
         lease = lm.Lease(str(tmp_path / "x.db"), "pid 8")
@@ -15278,12 +15603,14 @@ class TestLease:
                 await snapshot.load()
                 assert store.find_job("job_0000000a").result == SNAPSHOT["jobs"][0]["result"]
                 assert store.gates_of("m") == ["stage", "prod"]
-                assert store.find_model("m") == {"model_id": "m", "promoted": True, "promoted_at": "2025-06-01T10:00:03.000Z"}
+                assert store.find_model("m") == {"model_id": "m", "promoted": True,
+                                                 "promoted_at": "2025-06-01T10:00:03.000Z"}
                 await store.write(lambda tx: tx.promote("n", "stage"))
                 await snapshot.save()
                 document = json.loads(path.read_text())
                 assert [one["jobId"] for one in document["jobs"]] == ["job_0000000b", "job_0000000a"]
-                assert {one["modelId"]: one["gates"] for one in document["models"]} == {"m": ["stage", "prod"], "n": ["stage"]}
+                assert {one["modelId"]: one["gates"]
+                        for one in document["models"]} == {"m": ["stage", "prod"], "n": ["stage"]}
                 before = path.stat().st_mtime_ns
                 await snapshot.save()
                 assert path.stat().st_mtime_ns == before, "nothing changed, nothing written"
@@ -15298,12 +15625,17 @@ class TestLease:
         assert lm.verify_file(str(tmp_path / "state.db")) is None
 
     @pytest.mark.parametrize("text", [
-        "", "no json", "[]", "5", "null", '"x"', "{}", '{"jobs":5}', '{"jobs":[5]}', '{"jobs":[{}]}', '{"models":[{}]}', "\xff",
-        '{"models":[{"modelId":"m"},{"modelId":"m"}]}', '{"models":[{"modelId":5,"gates":[{}]}]}', '{"models":[{"modelId":"m","gates":5}]}',
+        "", "no json", "[]", "5", "null", '"x"', "{}", '{"jobs":5}', '{"jobs":[5]}', '{"jobs":[{}]}',
+        '{"models":[{}]}', "\xff",
+        '{"models":[{"modelId":"m"},{"modelId":"m"}]}', '{"models":[{"modelId":5,"gates":[{}]}]}',
+        '{"models":[{"modelId":"m","gates":5}]}',
         '{"models":[{"modelId":"m","gates":["a","a"]}]}',
-        json.dumps({"jobs": [SNAPSHOT["jobs"][0] | {"status": "DONE"}]}), json.dumps({"jobs": [SNAPSHOT["jobs"][0]] * 2}),
-        json.dumps({"jobs": [SNAPSHOT["jobs"][0] | {"startedAt": None}]}), json.dumps({"jobs": [SNAPSHOT["jobs"][0] | {"jobId": ["x"]}]}),
-        json.dumps({"jobs": [SNAPSHOT["jobs"][0] | {"result": 5}]}), json.dumps({"jobs": [SNAPSHOT["jobs"][0] | {"taskId": "\ud800"}]})])
+        json.dumps({"jobs": [SNAPSHOT["jobs"][0] | {"status": "DONE"}]}),
+        json.dumps({"jobs": [SNAPSHOT["jobs"][0]] * 2}),
+        json.dumps({"jobs": [SNAPSHOT["jobs"][0] | {"startedAt": None}]}),
+        json.dumps({"jobs": [SNAPSHOT["jobs"][0] | {"jobId": ["x"]}]}),
+        json.dumps({"jobs": [SNAPSHOT["jobs"][0] | {"result": 5}]}),
+        json.dumps({"jobs": [SNAPSHOT["jobs"][0] | {"taskId": "\ud800"}]})])
     def test_a_spoilt_snapshot_stops_nothing(self, tmp_path, text, caplog):
         path = tmp_path / "state.json"
         path.write_text(text, encoding="latin-1" if text == "\xff" else "utf-8")
@@ -15312,7 +15644,8 @@ class TestLease:
             async with open_store(tmp_path) as store:
                 await lm.Snapshot(str(path), store).load()
                 is_whole = len(store.list_jobs()) + len(store.list_models())
-                assert is_whole or text == "{}" or any(str(path) in record.getMessage() for record in caplog.records), "told"
+                assert is_whole or text == "{}" or any(str(path) in record.getMessage()
+                                                       for record in caplog.records), "told"
                 await store.write(lambda tx: tx.record(make_record(1)))
                 assert store.fault == ""
         run_async(story())
@@ -15337,7 +15670,8 @@ class TestLease:
         server.call("promote_model", modelId="later", gate="stage")
 
         def models():
-            return {one["modelId"] for one in json.loads((server.repo / ".mcp-state.json").read_text())["models"]}
+            return {one["modelId"]
+                    for one in json.loads((server.repo / ".mcp-state.json").read_text())["models"]}
         wait_until(lambda: "later" in models(), 10, "the snapshot")
         server.call("promote_model", modelId="at-the-end", gate="stage")
         server.stop()
@@ -15488,7 +15822,8 @@ PING_BODY = ROUTE_BODY["/mcp"].encode()
 def post_head(length=None, *lines, path="/mcp"):
     """The head of a POST of JSON; without a length as chunks."""
     framing = f"Content-Length: {length}" if length is not None else "Transfer-Encoding: chunked"
-    return "\r\n".join([f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", framing, *lines, "", ""]).encode()
+    return "\r\n".join([f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", framing,
+                        *lines, "", ""]).encode()
 
 
 PING = post_head(len(PING_BODY)) + PING_BODY
@@ -15496,12 +15831,17 @@ PING = post_head(len(PING_BODY)) + PING_BODY
 
 #: Requests that no further byte can mend, and the status of the one answer.
 IMPOSSIBLE = [
-    (post_head(10_000_000), 413), (post_head() + b"f00000\r\n", 413), (post_head(10_000_000, "Expect: 100-continue"), 413),
+    (post_head(10_000_000), 413), (post_head() + b"f00000\r\n", 413),
+    (post_head(10_000_000, "Expect: 100-continue"), 413),
     (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", 431),
-    (b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\n", 414), (b"GET / HTTP/1.1\n\n", 400), (b"GET / HTTP/1.1\r\n\r\n", 400),
-    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400), (b"GET / HTTP/2.0\r\nHost: localhost\r\n\r\n", 505),
-    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), (b"hello\r\n\r\n", 400), (post_head(5, "Transfer-Encoding: chunked"), 400),
-    (post_head(5, "Content-Length: 6"), 400), (post_head(0, "Expect: miracles"), 417), (post_head() + b"zz\r\n", 400),
+    (b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\n", 414), (b"GET / HTTP/1.1\n\n", 400),
+    (b"GET / HTTP/1.1\r\n\r\n", 400),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    (b"GET / HTTP/2.0\r\nHost: localhost\r\n\r\n", 505),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), (b"hello\r\n\r\n", 400),
+    (post_head(5, "Transfer-Encoding: chunked"), 400),
+    (post_head(5, "Content-Length: 6"), 400), (post_head(0, "Expect: miracles"), 417),
+    (post_head() + b"zz\r\n", 400),
     (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400)]
 
 
@@ -15541,7 +15881,8 @@ class Here:
 async def serve_here(folder, **settings):
     """A started server in this process; keyword arguments are settings."""
     repo = folder / "repo" if (folder / "repo").exists() else make_repository(folder)
-    environ = {"LUKHAS_REPO_ROOT": str(repo), "XDG_STATE_HOME": str(folder / "state"), "PORT": "0", "MCP_RL_BUCKET": "0"}
+    environ = {"LUKHAS_REPO_ROOT": str(repo), "XDG_STATE_HOME": str(folder / "state"), "PORT": "0",
+               "MCP_RL_BUCKET": "0"}
     config = lm.load_config({}, environ | {name: str(value) for name, value in settings.items()})
     writer = lm.LogWriter()
     server = lm.Server(lm.build_services(config, lm.SystemClock()), writer)
@@ -15567,7 +15908,8 @@ async def read_answer(reader):
 @pytest.fixture
 def short(monkeypatch):
     """Deadlines of a fraction of a second."""
-    for name, value in (("_HEAD_S", 0.3), ("_BODY_STALL_S", 0.3), ("_IDLE_S", 0.3), ("_WRITE_S", 0.3), ("_LINGER_S", 0.2)):
+    for name, value in (("_HEAD_S", 0.3), ("_BODY_STALL_S", 0.3), ("_IDLE_S", 0.3), ("_WRITE_S", 0.3),
+                        ("_LINGER_S", 0.2)):
         monkeypatch.setattr(lm, name, value)
 
 
@@ -15583,7 +15925,9 @@ def with_server(folder, story, **settings):
 class TestConnection:
     """One socket at a time."""
 
-    @pytest.mark.parametrize("data", [b"G", b"GET /healthz HTTP/1.1\r\nHost: loc", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"])
+    @pytest.mark.parametrize("data",
+                             [b"G", b"GET /healthz HTTP/1.1\r\nHost: loc",
+                              b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"])
     def test_a_slow_head_is_cut(self, tmp_path, short, data):
         async def story(here):
             text = await here.talk(data)
@@ -15614,7 +15958,9 @@ class TestConnection:
             writer.close()
         with_server(tmp_path, story)
 
-    @pytest.mark.parametrize("data", [post_head(100) + b"{", post_head(100), post_head() + b"5\r\nab", post_head() + b"1\r\na\r\n"])
+    @pytest.mark.parametrize("data",
+                             [post_head(100) + b"{", post_head(100), post_head() + b"5\r\nab",
+                              post_head() + b"1\r\na\r\n"])
     def test_a_stalled_body_is_cut(self, tmp_path, short, data):
         async def story(here):
             text = await here.talk(data)
@@ -15653,7 +15999,8 @@ class TestConnection:
             body = json.dumps({"jsonrpc": "2.0", "id": at, "method": "tools/call", "params": (
                 {"name": "promote_model", "arguments": {"modelId": f"m{at}", "gate": "g"}} if at % 3 else
                 {"name": "list_jobs", "arguments": {}})}).encode()
-            return post_head(len(body)) + body if at % 2 else post_head() + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+            chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+            return post_head(len(body)) + body if at % 2 else post_head() + chunks
 
         async def story(here):
             for size in (1, 7, 1 << 20):
@@ -15699,7 +16046,8 @@ class TestConnection:
             deaf.setblocking(False)
             await asyncio.get_running_loop().sock_connect(deaf, ("127.0.0.1", here.port))
             (connection,) = await wait_for_connections(here, 1)
-            connection._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+            connection._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF,
+                                                                      2048)
             with contextlib.suppress(BlockingIOError):
                 deaf.send(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n" * pages)
             await here.until(lambda: not here.connections, "given up")
@@ -15712,8 +16060,10 @@ class TestConnection:
                 started_s = time.monotonic()
                 text = await here.talk(data)
                 assert text.startswith(b"HTTP/1.1 %d " % status), (data[:100], text[:200])
-                assert b"connection: close" in text.lower() and len(re.findall(rb"^HTTP/1.1 [0-9]", text, re.M)) == 1, data[:100]
-                assert json.loads(text.partition(b"\r\n\r\n")[2])["message"] and time.monotonic() - started_s < 5
+                assert b"connection: close" in text.lower()
+                assert len(re.findall(rb"^HTTP/1.1 [0-9]", text, re.M)) == 1, data[:100]
+                assert json.loads(text.partition(b"\r\n\r\n")[2])["message"]
+                assert time.monotonic() - started_s < 5
             await asyncio.gather(*(check(*row) for row in IMPOSSIBLE))
         with_server(tmp_path, story)
 
@@ -15748,7 +16098,8 @@ class TestConnection:
         async def story(here):
             reader, writer = await here.connect()
             writer.write(post_head(len(PING_BODY), "Expect: 100-continue", "X-API-Key: k"))
-            assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"),
+                                          5) == b"HTTP/1.1 100 Continue\r\n\r\n"
             writer.write(PING_BODY)
             assert (await read_answer(reader)).json["result"] == {}
             writer.write(post_head(len(PING_BODY), "Expect: 100-continue", "X-API-Key: k") + PING_BODY)
@@ -15759,7 +16110,8 @@ class TestConnection:
             assert answer.json["result"] == {}
             writer.write(post_head(len(PING_BODY), "Expect: 100-continue", "X-API-Key: wrong"))
             answer = await read_answer(reader)
-            assert answer.status == 401 and answer.headers["connection"] == "close", "refused before the body was sent"
+            assert answer.status == 401
+            assert answer.headers["connection"] == "close", "refused before the body was sent"
             writer.close()
         with_server(tmp_path, story, LUKHAS_MCP_API_KEYS="k")
 
@@ -15771,15 +16123,18 @@ class TestConnection:
             assert text.startswith(b"HTTP/1.1 503 ") and b"retry-after: 5" in text.lower()
             second[1].close()
             await wait_for_connections(here, 1)
-            assert (await here.talk(GET_HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))).startswith(b"HTTP/1.1 200 ")
+            assert (await here.talk(GET_HEALTH.replace(b"\r\n\r\n",
+                                                       b"\r\nConnection: close\r\n\r\n"))).startswith(b"HTTP/1.1 200 ")
             first[1].close()
         with_server(tmp_path, story, LUKHAS_MCP_MAX_CONNECTIONS=2)
 
     def test_old_and_closing_clients(self, tmp_path):
         async def story(here):
             for data, closes in ((b"GET /healthz HTTP/1.0\r\n\r\n", True),
-                                 (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", True),
-                                 (b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", False), (GET_HEALTH, False)):
+                                 (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+                                  True),
+                                 (b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", False),
+                                 (GET_HEALTH, False)):
                 reader, writer = await here.connect()
                 writer.write(data)
                 answer = await read_answer(reader)
@@ -15836,7 +16191,8 @@ class TestConnection:
         async def story(here):
             with caplog.at_level(logging.ERROR, logger="lukhas"):
                 text = await here.talk(GET_HEALTH.replace(b"/healthz", b"/boom"))
-                assert text.startswith(b"HTTP/1.1 500 ") and b"connection: close" in text.lower() and b"details" not in text.replace(
+                assert text.startswith(b"HTTP/1.1 500 ") and b"connection: close" in text.lower()
+                assert b"details" not in text.replace(
                     b"has the details", b"")
                 await here.talk(GET_HEALTH.replace(b"/healthz", b"/bad"))
                 assert [record.exc_info is not None for record in caplog.records] == [True, True]
@@ -15905,8 +16261,10 @@ async def wait_for_connections(here, count):
 def certificate_files(folder):
     """A self-signed certificate and its key, as PEM files."""
     cert, key = folder / "cert.pem", folder / "key.pem"
-    subprocess.run([require("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-                    "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert], check=True,
+    subprocess.run([require("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+                    "-subj", "/CN=localhost",
+                    "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert],
+                   check=True,
                    capture_output=True)
     return cert, key
 
@@ -15927,10 +16285,11 @@ class TestServer:
         """Also with clients that are silent, in the middle of a request, or read nothing."""
         server = make_server()
         with contextlib.ExitStack() as stack:
-            idle, busy, deaf = (stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(3))
+            idle, busy, deaf = (stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+                                for _ in range(3))
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             deaf.sendall(b"GET /cockpit.html HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500)
-            busy.sendall(b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+            busy.sendall(post_head(100) + b"{")
             stream = stack.enter_context(server.sse("jobs"))
             stream.until_event("open")
             started_s = time.monotonic()
@@ -15949,7 +16308,7 @@ class TestServer:
     def test_a_second_signal_ends_it_at_once(self, make_server):
         server = make_server()
         with socket.create_connection(("127.0.0.1", server.port)) as slow:
-            slow.sendall(b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
+            slow.sendall(post_head(9) + b"{")
             time.sleep(0.2)
             server.process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
@@ -15974,8 +16333,10 @@ class TestServer:
         lines = server.stdout.splitlines()
         assert lines[0] == f"LUKHAS MCP {lm.__version__} serves {server.repo}"
         assert f"{server.url}/cockpit.html" in server.stdout and f"{server.url}/mcp" in server.stdout
-        assert "this machine only" in server.stdout and "HOST=0.0.0.0" in server.stdout and str(server.db) in server.stdout
-        open_one = make_server(HOST="0.0.0.0", LUKHAS_MCP_API_KEYS="a:the-secret", LUKHAS_MCP_PUBLIC_URL="https://ops.example", port=free_port())
+        assert "this machine only" in server.stdout and "HOST=0.0.0.0" in server.stdout
+        assert str(server.db) in server.stdout
+        open_one = make_server(HOST="0.0.0.0", LUKHAS_MCP_API_KEYS="a:the-secret",
+                               LUKHAS_MCP_PUBLIC_URL="https://ops.example", port=free_port())
         wait_until(lambda: "samples" in open_one.stdout)
         assert "whoever can reach" in open_one.stdout and "https://ops.example/mcp" in open_one.stdout
         assert "the-secret" not in open_one.stdout + open_one.stderr
@@ -15986,7 +16347,8 @@ class TestServer:
         server.launch()
         found = wait_until(lambda: re.search(r"http://\S+?:(\d+)/mcp", server.stdout) or not server.is_alive)
         server.port = int(found[1])
-        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"), (socket.AF_INET, "127.0.0.3")):
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"),
+                                (socket.AF_INET, "127.0.0.3")):
             wanted = address in {"localhost": ("127.0.0.1", "::1")}.get(host, (host,))
             with contextlib.suppress(OSError), socket.socket(family) as connection:
                 connection.settimeout(5)
@@ -16021,7 +16383,8 @@ class TestServer:
             plain.sendall(GET_HEALTH)
             with contextlib.suppress(ConnectionError):
                 assert not plain.recv(100).startswith(b"HTTP")
-        assert subprocess.run([*python_command(), str(PROGRAM), "probe", "--url", f"https://127.0.0.1:{server.port}"],
+        assert subprocess.run([*python_command(), str(PROGRAM), "probe", "--url",
+                               f"https://127.0.0.1:{server.port}"],
                               env=clean_environ(), capture_output=True).returncode == 0
         assert server.stop() == 0
 
@@ -16030,7 +16393,8 @@ class TestServer:
         server = make_server(started=False, port=free_port())
         environ = clean_environ(**server.settings | {"PORT": server.port})
         server.process = subprocess.Popen([*server.command, str(PROGRAM)], cwd=server.repo, env=environ,
-                                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                          stderr=subprocess.PIPE)
         for name in ("stdout.log", "stderr.log"):
             (server.folder / name).touch()
 
@@ -16063,8 +16427,10 @@ class TestServer:
 
     def test_its_own_files_are_out_of_reach(self, make_server):
         server = make_server(started=False, LUKHAS_MCP_STATE_DIR="{repo}/st")
-        server.settings |= {"LUKHAS_MCP_STATE_DIR": server.repo / "st", "LUKHAS_MCP_DB": server.repo / "data" / "x.db",
-                            "LUKHAS_MCP_API_KEYS_FILE": server.repo / "keys.txt", "MCP_STATE_PATH": server.repo / "snap.json"}
+        server.settings |= {"LUKHAS_MCP_STATE_DIR": server.repo / "st",
+                            "LUKHAS_MCP_DB": server.repo / "data" / "x.db",
+                            "LUKHAS_MCP_API_KEYS_FILE": server.repo / "keys.txt",
+                            "MCP_STATE_PATH": server.repo / "snap.json"}
         (server.repo / "data").mkdir()
         (server.repo / "keys.txt").write_text("ann:the-secret\n")
         (server.repo / "lukhas.toml").write_text("")
@@ -16072,8 +16438,10 @@ class TestServer:
         server.start()
         job_id = server.call("run_eval", taskId="probe", configId="ci")["jobId"]
         server.wait_for("status", jobId=job_id)
-        for path in ("data/x.db", "data/x.db-wal", "data/x.db-shm", "data/x.db.lock", "data/x.db-journal", "snap.json", "lukhas.toml",
-                     "keys.txt", "st/evil", "st/jobs/evil", ".git/config", ".github/workflows/x.yml", ".mcp.json", "LUKHAS.TOML"):
+        for path in ("data/x.db", "data/x.db-wal", "data/x.db-shm", "data/x.db.lock", "data/x.db-journal",
+                     "snap.json", "lukhas.toml",
+                     "keys.txt", "st/evil", "st/jobs/evil", ".git/config", ".github/workflows/x.yml",
+                     ".mcp.json", "LUKHAS.TOML"):
             if path.isupper() and not (server.repo / path).exists():
                 continue  # a file system that tells the cases apart
             assert server.call_error("write_file", path=path, contents="x", overwrite=True), path
@@ -16110,7 +16478,8 @@ class TestServer:
             store = lm.Store(str(server.db), lm.SystemClock())
             store.start()
             for begin in range(0, 4000, 500):
-                await store.write(lambda tx, begin=begin: [write_event(tx, begin + at) for at in range(500)] and None)
+                await store.write(lambda tx,
+                                  begin=begin: [write_event(tx, begin + at) for at in range(500)] and None)
             await store.stop()
         server.stop()
         run_async(fill(), 60)
@@ -16503,7 +16872,8 @@ class TestUpkeep:
 
 def run_main(*arguments, **environ):
     """Exit code, stdout and stderr of the program."""
-    done = subprocess.run([*python_command(), str(PROGRAM), *map(str, arguments)], env=clean_environ(**environ), capture_output=True,
+    done = subprocess.run([*python_command(), str(PROGRAM), *map(str, arguments)],
+                          env=clean_environ(**environ), capture_output=True,
                           text=True, timeout=30, stdin=subprocess.DEVNULL)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr
@@ -16516,8 +16886,10 @@ class TestCli:
         code, out, _ = run_main("--help")
         assert code == 0
         for one in lm.SETTINGS:
-            assert one.flag is None or f"{one.flag} " in out and f"[{one.variable}]" in " ".join(out.split()), one.variable
-        assert not any(one.flag is None and f"[{one.variable}]" in out for one in lm.SETTINGS), "a secret has no flag"
+            assert one.flag is None or f"{one.flag} " in out, one.variable
+            assert one.flag is None or f"[{one.variable}]" in " ".join(out.split())
+        assert not any(one.flag is None and f"[{one.variable}]" in out
+                       for one in lm.SETTINGS), "a secret has no flag"
         for command in ("serve", "config", "probe", "verify"):
             assert re.search(rf"^ +{command} ", out, re.M)
         assert run_main("verify", "--help")[0] == run_main("probe", "--help")[0] == 0
@@ -16525,7 +16897,9 @@ class TestCli:
     def test_version(self):
         assert run_main("--version") == (0, f"lukhas_mcp {lm.__version__}\n", "")
 
-    @pytest.mark.parametrize("arguments", [["--nope"], ["nope"], ["--port"], ["verify", "a", "b"], ["--api-keys", "x"], ["--prom-bearer", "x"]])
+    @pytest.mark.parametrize("arguments",
+                             [["--nope"], ["nope"], ["--port"], ["verify", "a", "b"], ["--api-keys", "x"],
+                              ["--prom-bearer", "x"]])
     def test_wrong_usage(self, capsys, arguments):
         with pytest.raises(SystemExit) as caught:
             lm.main(arguments)
@@ -16534,35 +16908,43 @@ class TestCli:
 
     def test_config(self, tmp_path):
         (tmp_path / "lukhas.toml").write_text("[settings]\nname = 'here'\n")
-        code, out, err = run_main("config", "--repo-root", tmp_path, "--max-jobs", "3", "--read-only", PORT=9000, HOME="/root",
-                                  LUKHAS_MCP_API_KEYS="ann:s3cret-of-ann", PROM_BEARER="s3cret-too", LUKHAS_MCP_API_KEY="s3cret-typo")
+        code, out, err = run_main("config", "--repo-root", tmp_path, "--max-jobs", "3", "--read-only",
+                                  PORT=9000, HOME="/root",
+                                  LUKHAS_MCP_API_KEYS="ann:s3cret-of-ann", PROM_BEARER="s3cret-too",
+                                  LUKHAS_MCP_API_KEY="s3cret-typo")
         assert code == 0 and "s3cret" not in out + err
         rows = dict(line.split("=", 1) for line in out.splitlines())
         assert len(rows) == len(lm.SETTINGS)
         assert rows["PORT"] == "9000  # environment" and rows["LUKHAS_MCP_MAX_JOBS"] == "3  # flag"
         assert rows["LUKHAS_MCP_NAME"] == "here  # file" and rows["HOST"] == "127.0.0.1  # default"
-        assert rows["LUKHAS_MCP_API_KEYS"] == "***  # environment" and rows["LUKHAS_MCP_READ_ONLY"] == "1  # flag"
+        assert rows["LUKHAS_MCP_API_KEYS"] == "***  # environment"
+        assert rows["LUKHAS_MCP_READ_ONLY"] == "1  # flag"
         assert "LUKHAS_MCP_API_KEY;" in err and "LUKHAS_MCP_API_KEYS" in err
         assert [one.name for one in tmp_path.iterdir()] == ["lukhas.toml"], "looking changes nothing"
 
     def test_flags_stand_before_and_behind_the_command(self, tmp_path):
         for arguments in (["--port", "9001", "config"], ["config", "--port", "9001"]):
-            out = run_main(*arguments, "--repo-root", tmp_path, HOME="/root")[1] if arguments[0] == "config" else run_main(
+            out = run_main(*arguments, "--repo-root", tmp_path,
+                           HOME="/root")[1] if arguments[0] == "config" else run_main(
                 "--repo-root", tmp_path, *arguments, HOME="/root")[1]
             assert "PORT=9001  # flag" in out and f"LUKHAS_REPO_ROOT={tmp_path}  # flag" in out
 
-    @pytest.mark.parametrize("one", [one for one in lm.SETTINGS if one.kind in ("int", "float", "bool") or one.choices],
+    @pytest.mark.parametrize("one",
+                             [one for one in lm.SETTINGS if one.kind in ("int", "float", "bool")
+                              or one.choices],
                              ids=lambda one: one.variable)
     def test_a_malformed_value_is_one_line(self, capsys, tmp_path, one):
         for arguments in (["config", one.flag, "malformed"], [one.flag, "malformed"]):
             assert lm.main([*arguments, "--repo-root", str(tmp_path)]) == 2
             out, err = capsys.readouterr()
-            assert out == "" and err == f"lukhas_mcp: {one.variable} is 'malformed'; allowed: {one.allowed()}\n"
+            assert out == ""
+            assert err == f"lukhas_mcp: {one.variable} is 'malformed'; allowed: {one.allowed()}\n"
         assert not list(tmp_path.iterdir())
 
     def test_probe(self, server, capsys):
         root = ["--repo-root", str(server.repo)]
-        for arguments in (["--url", server.url], ["--port", str(server.port), *root], ["--url", server.url + "/", "--timeout", "3"]):
+        for arguments in (["--url", server.url], ["--port", str(server.port), *root],
+                          ["--url", server.url + "/", "--timeout", "3"]):
             assert lm.main(["probe", *arguments]) == 0
             assert re.findall(r"^(/\w+) 200", capsys.readouterr().out, re.M) == ["/healthz", "/readyz"]
         assert run_main("probe", LUKHAS_REPO_ROOT=server.repo, PORT=server.port)[0] == 0
@@ -16582,7 +16964,9 @@ class TestCli:
             assert lm.main(["probe", "--url", f"http://127.0.0.1:{port}", "--timeout", "0.2"]) == 1
             assert capsys.readouterr().out.count("no answer") == 2, "one that takes and never answers"
 
-    @pytest.mark.parametrize("url", ["nonsense", "ftp://x", "http://", "http://x:99999", "http://[::1", "http://x:port", ""])
+    @pytest.mark.parametrize("url",
+                             ["nonsense", "ftp://x", "http://", "http://x:99999", "http://[::1",
+                              "http://x:port", ""])
     def test_probe_of_no_address(self, capsys, url):
         assert lm.main(["probe", "--url", url]) == 2
         out, err = capsys.readouterr()
@@ -16599,13 +16983,15 @@ class TestCli:
         for at in range(3):
             server.call("promote_model", modelId=f"m{at}", gate="g")
         code, out, _ = run_main("verify", server.db)
-        assert code == 3 and "whole" in out and "truncation not excluded" in out and str(server.db) in out, "also while it runs"
+        assert code == 3 and "whole" in out and "truncation not excluded" in out
+        assert str(server.db) in out, "also while it runs"
         server.stop()
         assert lm.main(["verify", "--repo-root", str(server.repo)]) == 3
         change_rows(server.db, "UPDATE audits SET payload_json='{}' WHERE id=2")
         capsys.readouterr()
         assert lm.main(["verify", str(server.db)]) == 1 and "row 2 was changed" in capsys.readouterr().out
-        for path, words in ((server.repo / "nope.db", "no file"), (server.repo / "README.md", "can't be read"), (server.repo, "no file"),
+        for path, words in ((server.repo / "nope.db", "no file"),
+                            (server.repo / "README.md", "can't be read"), (server.repo, "no file"),
                             (make_original(server.folder), "the original server")):
             assert lm.main(["verify", str(path)]) == 2
             out, err = capsys.readouterr()
@@ -20099,7 +20485,9 @@ BARE_SCENARIOS = {
     "2025-11-25": """server-initialize server-session-lifecycle ping logging-set-level resources-subscribe resources-unsubscribe
         completion-complete tools-list resources-list prompts-list dns-rebinding-protection server-sse-multiple-streams""".split()}
 #: Of server-stateless these need a fixture, or a trigger of list changes.
-NEEDS_FIXTURE = re.compile("missing-capability|missing-client-capability|no-independent-requests|no-log-without|list-changed|change")
+NEEDS_FIXTURE = {"sep-2575-" + name for name in (
+    "server-rejects-undeclared-capability", "missing-capability-http-400", "http-server-no-independent-requests-on-stream",
+    "server-no-log-without-loglevel", "server-sends-prompts-list-changed-on-subscription", "server-sends-tools-list-changed-on-subscription")}
 #: The suite itself skips it until it is rewritten.
 ALWAYS_SKIPPED = {"tasks-status-notifications"}
 
@@ -20151,7 +20539,7 @@ class TestConformance:
         bad = [(name, check["id"], check.get("errorMessage")) for name in BARE_SCENARIOS[version] for check in scenarios[name]
                if check["status"] not in ("SUCCESS", "INFO")]
         bad += [("server-stateless", check["id"], check.get("errorMessage")) for check in scenarios.get("server-stateless", ())
-                if check["status"] not in ("SUCCESS", "INFO") and not NEEDS_FIXTURE.search(check["id"])]
+                if check["status"] not in ("SUCCESS", "INFO") and check["id"] not in NEEDS_FIXTURE]
         assert not bad
 
     def test_no_fixture_is_in_the_product(self, mcp):
@@ -20171,7 +20559,7 @@ class TestConformance:
 SEARCH = {"query": "guide"}
 STEPS = {"taskId": "steps", "configId": "ci"}
 LONG = {"taskId": "long", "configId": "ci"}
-SCRIPT = r"""
+VISIT = r"""
 const [folder, kind, url, mode] = process.argv.slice(1);
 const base = `${folder}/node_modules/@modelcontextprotocol/`;
 const isNew = kind === 'v2';
@@ -20337,7 +20725,7 @@ class TestClients:
     @pytest.mark.parametrize(("kind", "mode"), [("v1", "legacy"), ("v2", "legacy"), ("v2", "auto")])
     def test_typescript(self, mcp, tmp_path, kind, mode):
         folder = npm_folder()
-        done = run_node(folder, "--input-type=module", "-e", SCRIPT, str(folder), kind, mcp.url + "/mcp", mode, home=tmp_path)
+        done = run_node(folder, "--input-type=module", "-e", VISIT, str(folder), kind, mcp.url + "/mcp", mode, home=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         out = json.loads(done.stdout)
         assert_visited(out)
