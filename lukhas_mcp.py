@@ -72,40 +72,41 @@ Contents:
   46. Git          one fixed argument vector per command, and nothing that a repository's configuration would run
   47. Staging      a tree in the making beside the real index, hooks around it, and git's lock on the index
   48. Commits      commits of chosen files, made beside the index and the checkout
-  49. Corpus       which files there are to be found, and what they hold
-  50. Survey       figures of the repository, counted from its files
-  51. Index        the full-text index: one SQLite file that can be made again at any time
-  52. Finder       searching: the index read here, made and kept fresh by a process of its own
-  53. Metrics      counters and histograms in the Prometheus text format
-  54. Exchange     the client behind one request: what it can do, what it hears before the answer
-  55. Sessions     clients with a handshake, and whoever listens to changes of resources
-  56. Toolkit      what a tool is, and the one way to call it
-  57. SearchTools  one search over files and operations, and operations as documents
-  58. Works        what goes on behind an answer: evals and canaries, waited for or taken as tasks
-  59. FileTools    the repository as tools: read, list, find, write
-  60. GitTools     patches, commits, the repository's history, and figures of it, as tools
-  61. OpsTools     evals and canaries as tools
-  62. RehearsalTools other policies tried on what is stored or remembered, as tools
-  63. Undo         taking back what an actor did: files, commits, gates
-  64. GateTools    gates as tools: promoted directly, looked at, taken back, frozen
-  65. Catalog      resources and prompts: declared once, found by URI and name, completed
-  66. Resources    the repository, and every job, canary, model, gate and trail, as resources
-  67. Prompts      what a person may ask an agent to do, filled from what is here now
-  68. Revisions    what each revision of MCP knows
-  69. Rpc          JSON-RPC 2.0, and the two eras of MCP on one endpoint
-  70. Methods      what a client of MCP may ask for
-  71. Listening    streams and tasks of the stateless era
-  72. Routes       every HTTP route, who may take it, and errors as answers
-  73. Exports      the route that answers evidence
-  74. Lease        which process drives this database, and the snapshot file beside it
-  75. Rounds       what a running server does now and then: checkpoints, retention, keys read again
-  76. Connection   one socket: requests in order, answers, streams, deadlines
-  77. Server       everything alive: built, started, drained, stopped
-  78. Stdio        one client by stdin and stdout, a JSON-RPC message a line
-  79. Console      commands about one canary, eval or gate: status, replay, backtest
-  80. Doctor       what is wrong with this installation, and how to mend it
-  81. Upkeep       the commands for a database and its audit log, without a server
-  82. Cli          the command line
+  49. History      what git says of the work tree and of commits, parsed, in pages, without secrets
+  50. Corpus       which files there are to be found, and what they hold
+  51. Survey       figures of the repository, counted from its files
+  52. Index        the full-text index: one SQLite file that can be made again at any time
+  53. Finder       searching: the index read here, made and kept fresh by a process of its own
+  54. Metrics      counters and histograms in the Prometheus text format
+  55. Exchange     the client behind one request: what it can do, what it hears before the answer
+  56. Sessions     clients with a handshake, and whoever listens to changes of resources
+  57. Toolkit      what a tool is, and the one way to call it
+  58. SearchTools  one search over files and operations, and operations as documents
+  59. Works        what goes on behind an answer: evals and canaries, waited for or taken as tasks
+  60. FileTools    the repository as tools: read, list, find, write
+  61. GitTools     patches, commits, the repository's history, and figures of it, as tools
+  62. OpsTools     evals and canaries as tools
+  63. RehearsalTools other policies tried on what is stored or remembered, as tools
+  64. Undo         taking back what an actor did: files, commits, gates
+  65. GateTools    gates as tools: promoted directly, looked at, taken back, frozen
+  66. Catalog      resources and prompts: declared once, found by URI and name, completed
+  67. Resources    the repository, and every job, canary, model, gate and trail, as resources
+  68. Prompts      what a person may ask an agent to do, filled from what is here now
+  69. Revisions    what each revision of MCP knows
+  70. Rpc          JSON-RPC 2.0, and the two eras of MCP on one endpoint
+  71. Methods      what a client of MCP may ask for
+  72. Listening    streams and tasks of the stateless era
+  73. Routes       every HTTP route, who may take it, and errors as answers
+  74. Exports      the route that answers evidence
+  75. Lease        which process drives this database, and the snapshot file beside it
+  76. Rounds       what a running server does now and then: checkpoints, retention, keys read again
+  77. Connection   one socket: requests in order, answers, streams, deadlines
+  78. Server       everything alive: built, started, drained, stopped
+  79. Stdio        one client by stdin and stdout, a JSON-RPC message a line
+  80. Console      commands about one canary, eval or gate: status, replay, backtest
+  81. Doctor       what is wrong with this installation, and how to mend it
+  82. Upkeep       the commands for a database and its audit log, without a server
+  83. Cli          the command line
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ __all__ = [
     # Config
     "Config", "load_config", "config_rows", "SETTINGS",
     # Plan
-    "Task", "EvalConfig", "GateLimits", "Hook", "Plan", "HOOK_MOMENTS", "parse_plan", "check_hook",
+    "Task", "EvalConfig", "GateLimits", "Hook", "Plan", "HOOK_MOMENTS", "parse_plan", "check_hook", "is_hook_url",
     # Schema
     "shape", "string", "integer", "number", "boolean", "array", "mapping", "anything", "check_schema", "validate",
     # Grammar
@@ -276,7 +277,7 @@ __all__ = [
     # Attempts
     "Attempt", "CommandAttempt", "BuiltinAttempt",
     # Jobs
-    "JobRunner",
+    "JobRunner", "pass_on",
     # Glob
     "Glob", "compile_glob",
     # Patch
@@ -290,11 +291,13 @@ __all__ = [
     # Query
     "Query", "parse_query", "ask_all", "ask_rare", "weigh", "Found", "rank_by_name", "Passage", "find_passage", "cut_snippet", "PathList", "name_key", "split_words",
     # Git
-    "Git", "GitRun", "GitOutput", "read_status", "read_log", "read_diff", "read_commit", "read_old_file",
+    "Git", "GitRun", "GitOutput",
     # Staging
     "NextIndex", "TreeBuilder", "CommitHooks", "check_message", "hold_index", "clear_index_lock", "is_lock_held",
     # Commits
     "Commits", "PreparedCommit",
+    # History
+    "read_status", "read_log", "read_diff", "read_commit", "read_old_file",
     # Corpus
     "Corpus", "Document",
     # Survey
@@ -310,7 +313,7 @@ __all__ = [
     # Sessions
     "Session", "Sessions", "Listener", "News", "Notices", "SessionExchange", "parse_uri", "entity_uri",
     # Toolkit
-    "Services", "Call", "ToolResult", "Tool", "Work", "WorkState", "check_frozen", "tool", "TOOLS", "call_tool", "list_tools", "READS", "WRITES", "STOPS",
+    "Services", "Call", "confirm", "ToolResult", "Tool", "Work", "WorkState", "check_frozen", "tool", "TOOLS", "call_tool", "list_tools", "READS", "WRITES", "STOPS",
     # SearchTools
     "view_url", "fetch_operation",
     # Works
@@ -1093,7 +1096,7 @@ SETTINGS = tuple(Setting(field=one.name, kind=str(one.type), default=one.default
                  for one in fields(Config) if one.metadata)
 _ALIASES = {"PROM_QUERY_" + word: "PROM_Q_" + word
             for word in ("LAT", "ERR", "REQ", "ERRCOUNT", "FAST", "DRIFT", "FRESH")}
-_CHILD_VARIABLES = ("LUKHAS_EVAL_OUT", "LUKHAS_EVAL_PROGRESS", "LUKHAS_EVAL_RESULT")
+_CHILD_VARIABLES = ("LUKHAS_EVAL_OUT", "LUKHAS_EVAL_PROGRESS", "LUKHAS_EVAL_RESULT", "LUKHAS_EVAL_MODEL")
 
 
 def load_config(flags: Mapping[str, str], environ: Mapping[str, str] | None = None) -> Config:
@@ -1329,7 +1332,10 @@ class GateLimits:
 
 @dataclass(frozen=True)
 class Hook:
-    """`[hooks.NAME]`: what a decision sets in motion; `moments` are those at which it may be named."""
+    """`[hooks.NAME]`: what a decision sets in motion; `moments` are those at which it may be named.
+
+    An address that is a secret itself, as those of chat systems, stands in a file of its own (`url_file`).
+    """
 
     name: str
     kind: str = "webhook"
@@ -1338,6 +1344,7 @@ class Hook:
     secret_file: str = ""
     timeout_seconds: float = 10.0
     moments: tuple[str, ...] = HOOK_MOMENTS
+    url_file: str = ""
 
 
 @dataclass(frozen=True)
@@ -1427,12 +1434,17 @@ def _read_row(where: str, kind: str, name: str, table: object) -> Any:
 def _check_target(where: str, hook: Hook) -> None:
     """A hook needs what its kind calls, and only that."""
     if hook.kind == "command":
-        if not hook.command or hook.url or hook.secret_file:
+        if not hook.command or hook.url or hook.url_file or hook.secret_file:
             raise ConfigError(f"{where}: a command hook has a command, a list such as [\"python3\", \"run.py\"], and "
                               "neither url nor secret_file")
-    elif hook.command or not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", hook.url):
-        raise ConfigError(f"{where}.url is {hook.url!r}; a {hook.kind} hook has a url, http(s)://host without a user, and "
-                          "no command")
+    elif hook.command or bool(hook.url) == bool(hook.url_file) or hook.url and not is_hook_url(hook.url):
+        raise ConfigError(f"{where}.url is {hook.url!r}; a {hook.kind} hook has a url, http(s)://host without a user, or "
+                          "a url_file that holds it, and no command")
+
+
+def is_hook_url(text: str) -> bool:
+    """Whether a text may be the address of a hook."""
+    return bool(re.fullmatch(r"https?://[^/@\s]+(/\S*)?", text))
 
 
 _READERS = {
@@ -3259,6 +3271,7 @@ _ADDED = """
 CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, entity_id TEXT NOT NULL,
   step TEXT NOT NULL, body_json TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS events_by_entity ON events (kind, entity_id, id);
+CREATE INDEX IF NOT EXISTS events_by_kind ON events (kind, id);
 CREATE TABLE IF NOT EXISTS audit_links (entity_id TEXT NOT NULL, audit_id INTEGER NOT NULL,
   PRIMARY KEY (entity_id, audit_id)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS promotions (id INTEGER PRIMARY KEY AUTOINCREMENT, gate TEXT NOT NULL,
@@ -3467,6 +3480,7 @@ def adopt_rows(connection: sqlite3.Connection, now: str) -> None:
 
 
 Result = TypeVar("Result")
+_LOOKED_BACK = 10_000  # events among which the recent entities of a collection are looked for
 _GROUP = 256  # works per COMMIT: more would let one group hold the first of it too long
 _JOB = "job_id, task_id, config_id, status, started_at, updated_at, result_json, reason, actor, idempotency_key, " \
        "progress_json, model_id"
@@ -3623,8 +3637,17 @@ class Reads(KeptReads):
 
     def newest_events(self, kind: str, limit: int) -> list[Event]:
         """The newest event of each of the entities that changed last, in id order."""
-        rows = self._all("SELECT id, kind, entity_id, step, body_json FROM events WHERE id IN (SELECT max(id) "
-                         "FROM events WHERE kind=? GROUP BY entity_id ORDER BY 1 DESC LIMIT ?) ORDER BY id", kind, limit)
+        newest: dict[str, int] = {}
+        sql = "SELECT id, entity_id FROM events WHERE kind=? ORDER BY id DESC LIMIT ?"
+        try:
+            for event_id, entity_id in self._connection.execute(sql, (kind, _LOOKED_BACK)):  # as far as needed only
+                newest.setdefault(entity_id, event_id)
+                if len(newest) == limit:
+                    break
+        except sqlite3.Error as error:
+            raise Unavailable(f"the database can't be read: {error}") from None
+        rows = self._all(f"SELECT id, kind, entity_id, step, body_json FROM events WHERE id IN "
+                         f"({','.join('?' * len(newest))}) ORDER BY id", *newest.values())
         return [Event(*row[:4], json.loads(row[4])) for row in rows]
 
     def oldest_event_id(self) -> int:
@@ -5046,7 +5069,8 @@ def _fill_fields(values: Mapping[str, Any], mode: str, interval_s: float, limits
         "graceTicks": 3, "requireApproval": False, "shadow": False, "onInconclusive": "rollback",
         "onConflict": "reject", "watchSeconds": 0}
     if limits is not None:
-        _refuse_looser(values, defaults | {"intervalSeconds": usual_interval_s}, limits)
+        usual = {"intervalSeconds": usual_interval_s, "queryWindowSeconds": max(30, window_s) if is_classic else 30}
+        _refuse_looser(values, defaults | usual, limits)
     resolved = defaults | dict(values) | {"mode": mode, "intervalSeconds": interval_s}
     warmup_s = _clamp_field("warmupSeconds", resolved["warmupSeconds"], 0, window_s / 2, warnings)
     return resolved | {"warmupSeconds": warmup_s}
@@ -6598,7 +6622,8 @@ def parse_until(text: str, now_s: float) -> float:
 # ==============================================================================
 # A decision and the calls of its hooks are one transaction; Hooks delivers them. The operator names
 # the hooks by moment ([defaults]); a caller's policy may only add configured ones. `holder` in a
-# call's body is who should hold the gate after it, so that a receiver needs no history of its own.
+# call's body is who should hold the gate after it, so that a receiver needs no history of its own; a
+# promotion's `previous` is who held it before.
 # Hooks of kind notify tell people and never count as an actuation: they hear of every rollback and
 # failure, those of one cause within a minute as one with a count.
 
@@ -6696,7 +6721,9 @@ class Actuator:
             if one.is_open:
                 tx.move_delivery(one.delivery_id, state="dropped", outcome={"droppedFor": moment})
         holder = (tx.holder_of(deed.gate) or {}).get("modelId")
-        body = self.make_body(deed, moment, message, facts or {}, holder, tx.now)
+        stack = stack_holders(tx.load_promotions(deed.gate)) if moment == "promote" else []
+        further = {"previous": stack[-2] if len(stack) > 1 else None} if stack else {}
+        body = self.make_body(deed, moment, message, further | dict(facts or {}), holder, tx.now)
         hooks = self.hooks_at(deed, moment)
         for hook in hooks:
             if hook.kind != NOTICE:
@@ -7848,14 +7875,11 @@ class CanaryStarts:
         self._brakes.check_frozen("a new canary", tx)
         active = find_others(tx, canary, policy)
         if active and policy.on_conflict == "queue":
-            queued = replace(canary, status=CanaryStatus.PENDING, reason=QUEUED)
-            tx.insert_canary(queued)
-            tell_canary(tx, queued, "queued", f"the canary of {canary.model_id} waits until the gate {canary.to_gate} "
-                        f"is free of {active[-1].canary_id}", {"reason": QUEUED}, action="canary_queue",
-                        actor=proposal.actor, given=proposal.given, further_ids=tuple(proposal.passes.values()))
-            return queued
+            return _queue(tx, canary, proposal, f"the gate {canary.to_gate} is free of {active[-1].canary_id}")
         for other in active:
             self._supersede(tx, other, canary, proposal.actor)
+        if not self._brakes.drives:
+            return _queue(tx, canary, proposal, "the process that drives the canaries of this database takes it up")
         tx.insert_canary(canary)
         self._tell_start(tx, canary, policy, proposal)
         return canary
@@ -7904,6 +7928,15 @@ class CanaryStarts:
         return parse_policy({"policy": canary.policy}, default_mode="classic", has_counters=False, interval_s=10.0,
                             limits=None, is_dry_run=canary.status.is_final)
 
+
+
+def _queue(tx: Transaction, canary: Canary, proposal: Proposal, until: str) -> Canary:
+    queued = replace(canary, status=CanaryStatus.PENDING, reason=QUEUED)
+    tx.insert_canary(queued)
+    tell_canary(tx, queued, "queued", f"the canary of {canary.model_id} waits until {until}", {"reason": QUEUED},
+                action="canary_queue", actor=proposal.actor, given=proposal.given,
+                further_ids=tuple(proposal.passes.values()))
+    return queued
 
 def find_repeated(reads: Reads, canary: Canary, now_s: float) -> Canary | None:
     """The canary that the same call has started before. Raises Conflict for a key with other arguments."""
@@ -7960,6 +7993,9 @@ def find_requirements(reads: LedgerReads, limits: GateLimits | None, model_id: s
 # ==============================================================================
 # One task a canary: it waits for the traffic where a hook sends it, ticks until the canary is final,
 # lets the next one to the gate begin, and watches the gate on where the policy says so.
+
+
+_WRITE_RETRY_S = 1.0
 
 
 class CanaryDriver:
@@ -8064,8 +8100,17 @@ class CanaryDriver:
             del self._arrivals[canary_id]
         if was_open:
             await watch.read_baseline()
-            moved = await self._store.write(lambda tx: tx.move_canary(canary_id, UNDER_WAY, started_s=tx.now_s))
+            moved = await self._write(lambda tx: tx.move_canary(canary_id, UNDER_WAY, started_s=tx.now_s))
             watch.begin(moved or self._store.find_canary(canary_id))
+
+    async def _write(self, work: Callable[[Transaction], Result]) -> Result:
+        """Store what must be stored, however long the database is away."""
+        while True:
+            try:
+                return await self._store.write(work)
+            except Unavailable as error:
+                log.error("a change of a canary is not stored yet: %s", error)
+                await self._clock.sleep(_WRITE_RETRY_S)
 
     async def _watch_on(self, canary: Canary) -> None:
         """After a promotion, for policy.watchSeconds."""
@@ -8088,7 +8133,7 @@ class CanaryDriver:
                 tell_canary(tx, moved, "failed", message, {"reason": "state_lost"}, action="canary_fail")
                 self._actuator.queue(tx, Deed.of_canary(moved), "rollback", message, {"reason": "state_lost"},
                                      notice="failed:state_lost")
-        await self._store.write(work)
+        await self._write(work)
 
     async def _restore(self, canary: Canary) -> None:
         """Take up one canary by folding its stored samples; one without a usable policy fails."""
@@ -8137,11 +8182,12 @@ def usable_samples(samples: list[Sample]) -> list[Sample]:
 # were counted against one target. A looser target is looked for among values that were really seen.
 
 
-_DECISION_WORDS = {"continue": "UNDECIDED", "pause": "PAUSED", "promote": "PROMOTED", "rollback": "ROLLED_BACK"}
+_DECISION_WORDS = {"continue": "UNDECIDED", "pause": "PAUSED", "promote": "PROMOTED",
+                   "rollback": "ROLLED_BACK"}
 _SHARES = (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)  # of what was seen over a target: what to try as a new one
 _LOOSEST = 5.0  # a target more than that many times looser is another target
 _TRIED_TARGETS = ("latency_p95_ms", "max_error_rate")
-_NOT_VARIED = ("intervalSeconds", "modeReason", "hooks")  # a default of this server, or nothing that is judged
+_NOT_VARIED = ("intervalSeconds", "modeReason", "hooks")  # this server's default, or nothing that is judged
 _RECORDED = ("intervalSeconds", "queryWindowSeconds")
 _Rehearsed = tuple[Verdict, Sample | None]
 
@@ -8153,11 +8199,12 @@ def stored_policy(canary: Canary) -> Policy:
     """
     if canary.effective:
         return Policy.from_wire(canary.effective)
-    return parse_policy({"policy": canary.policy}, default_mode="classic", has_counters=False, interval_s=10.0,
-                        limits=None, is_dry_run=canary.status.is_final)
+    return parse_policy({"policy": canary.policy}, default_mode="classic", has_counters=False,
+                        interval_s=10.0, limits=None, is_dry_run=canary.status.is_final)
 
 
-def vary_policy(base: Policy, changes: Mapping[str, Any], *, has_counters: bool, has_drift: bool = False) -> Policy:
+def vary_policy(base: Policy, changes: Mapping[str, Any], *, has_counters: bool,
+                has_drift: bool = False) -> Policy:
     """`base` with some fields of the wire changed; what stood at its default follows the change.
 
     Raises InvalidArguments for a field that is none or has a wrong value. The operator's limits don't
@@ -8167,13 +8214,15 @@ def vary_policy(base: Policy, changes: Mapping[str, Any], *, has_counters: bool,
         raise InvalidArguments('policy must be an object such as {"targets": {"latency_p95_ms": 640}}')
     wire, core = base.to_wire(), {"mode": base.mode, **base.to_echo()}
     named = {"default_mode": None, "interval_s": base.interval_s, "limits": None}
-    plain = parse_policy({"policy": core}, is_dry_run=True, has_counters=True, has_drift=True, **named).to_wire()
+    plain = parse_policy({"policy": core}, is_dry_run=True, has_counters=True, has_drift=True,
+                         **named).to_wire()
     chosen = {name: wire[name] for name in plain
               if name not in _NOT_VARIED and name in wire and wire[name] != plain[name]}
     given = {**core, **chosen, **changes}
     if isinstance(changes.get("targets"), Mapping):
         given["targets"] = {**core["targets"], **changes["targets"]}
-    varied = parse_policy({"policy": given}, is_dry_run=False, has_counters=has_counters, has_drift=has_drift, **named)
+    varied = parse_policy({"policy": given}, is_dry_run=False, has_counters=has_counters, has_drift=has_drift,
+                          **named)
     told = tuple(text for text in varied.warnings if any(name in text for name in changes))
     return replace(varied, warnings=told)
 
@@ -8205,7 +8254,8 @@ def replay(canary: Canary, samples: Sequence[Sample], changes: Mapping[str, Any]
     except (KeyError, TypeError) as error:
         raise InvalidArguments(f"{canary.canary_id} has no policy that can be read ({error})") from None
     if not samples or not base.has_targets:
-        raise InvalidArguments(f"{canary.canary_id} has no samples with values; only a canary that ran can be replayed")
+        raise InvalidArguments(f"{canary.canary_id} has no samples with values; only a canary that ran can be "
+                               "replayed")
     recorded = base.to_wire()
     for name in _RECORDED:
         if changes.get(name) not in (None, recorded[name]):
@@ -8217,29 +8267,31 @@ def replay(canary: Canary, samples: Sequence[Sample], changes: Mapping[str, Any]
                          has_drift=any("drift" in one.facts for one in samples))
     if varied.mode == "guarded" and varied.latency_p95_ms != base.latency_p95_ms:
         raise InvalidArguments(f"slow requests were counted over {base.latency_p95_ms:g} ms, so guarded can't judge "
-                               f"them over {varied.latency_p95_ms:g} ms; add \"mode\": \"bake\" to judge by the "
-                               "p95 values")
+                               f"them over {varied.latency_p95_ms:g} ms; add \"mode\": \"bake\" to judge by "
+                               "the p95 values")
     now, was = (_tell_outcome(policy, rehearse(policy, samples), samples) for policy in (varied, base))
     before, after = recorded, varied.to_wire()
     changed = {name: {"was": before.get(name), "is": after[name]} for name in after
                if after[name] != before.get(name) and name != "modeReason"}
     is_same = (now["decision"], now["tick"]) == (was["decision"], was["tick"])
-    return {"canaryId": canary.canary_id, **now, "was": was | {"status": str(canary.status), "statusReason": canary.reason},
-            "changed": changed, "effectivePolicy": after, "samples": len(samples), "warnings": list(varied.warnings),
-            "summary": _say_outcome(now) + ("; the same as before" if is_same else f"; before: {_say_outcome(was)}")}
+    told = "; the same as before" if is_same else f"; before: {_say_outcome(was)}"
+    return {"canaryId": canary.canary_id, **now, "changed": changed, "effectivePolicy": after,
+            "was": was | {"status": str(canary.status), "statusReason": canary.reason},
+            "samples": len(samples), "warnings": list(varied.warnings), "summary": _say_outcome(now) + told}
 
 
 def _tell_outcome(policy: Policy, rehearsed: _Rehearsed, samples: Sequence[Sample]) -> dict[str, Any]:
     verdict, sample = rehearsed
     inequality = verdict.inequality or f"the stored samples end at tick {samples[-1].tick} of {policy.last_tick}"
-    return {"decision": _DECISION_WORDS[verdict.decision if sample else "continue"], "reason": verdict.reason or None,
-            "tick": sample.tick if sample else None, "ticks": policy.last_tick, "rule": policy.rule,
-            "elapsedSeconds": round(sample.elapsed_s, 3) if sample else None, "inequality": inequality,
+    return {"decision": _DECISION_WORDS[verdict.decision if sample else "continue"],
+            "reason": verdict.reason or None, "tick": sample.tick if sample else None,
+            "ticks": policy.last_tick, "rule": policy.rule, "inequality": inequality,
+            "elapsedSeconds": round(sample.elapsed_s, 3) if sample else None,
             "numbers": dict(verdict.numbers)}
 
 
 def _say_outcome(told: Mapping[str, Any]) -> str:
-    where = f" at tick {told['tick']} of {told['ticks']} ({told['reason']})" if told["tick"] is not None else ""
+    where = f" at tick {told['tick']} of {told['ticks']} ({told['reason']})" if told["tick"] else ""
     return f"{told['decision']}{where} by rule {told['rule']}: {told['inequality']}"
 
 
@@ -8296,8 +8348,8 @@ def _iterate_samples(policy: Policy, history: History) -> Iterator[Sample]:
             facts["drift"] = history.columns["drift"][tick][0]
         if missing:
             recent.append(0.0)
-            yield Sample(tick, elapsed_s, "", CONSERVATIVE_LATENCY_MS, CONSERVATIVE_ERROR_RATE, "conservative", missing,
-                         facts=facts)
+            yield Sample(tick, elapsed_s, "", CONSERVATIVE_LATENCY_MS, CONSERVATIVE_ERROR_RATE,
+                         "conservative", missing, facts=facts)
             continue
         increments = _count_growth(before, counters)
         before = counters or before
@@ -8314,7 +8366,8 @@ def _read_values(history: History, at: int) -> tuple[float | None, float | None,
     return latency_ms, error_rate, missing or error_class
 
 
-def _count_growth(before: tuple[float, ...] | None, now: tuple[float, ...] | None) -> tuple[float, float, float] | None:
+def _count_growth(before: tuple[float, ...] | None,
+                  now: tuple[float, ...] | None) -> tuple[float, float, float] | None:
     """What counters grew by; one that fell was reset and began at 0."""
     if before is None or now is None:
         return None
@@ -8367,7 +8420,8 @@ def propose_targets(policy: Policy, rolled_back: Sequence[History], bounds_ms: S
     for _ in _TRIED_TARGETS:
         found = None
         for varied in _loosen(chosen, policy, rolled_back, bounds_ms):
-            count = sum(rehearse(varied, _iterate_samples(varied, one))[0].decision == "rollback" for one in rolled_back)
+            count = sum(rehearse(varied, _iterate_samples(varied, one))[0].decision == "rollback"
+                        for one in rolled_back)
             if count < fewest:
                 found, fewest = varied, count
         if found is None:
@@ -8441,8 +8495,9 @@ class Backtest:
     def ask(self, name: str, target_ms: float) -> str:
         """The query of a short name for one latency target."""
         policy = self.policy
-        return fill_query(self.queries[name], Question(
-            "", self.model_id, self.gate, self.gate, max(1, int(policy.query_window_s)), target_ms, 0.0, self.begin_s))
+        window_s = max(1, int(policy.query_window_s))
+        return fill_query(self.queries[name], Question("", self.model_id, self.gate, self.gate, window_s,
+                                                       target_ms, 0.0, self.begin_s))
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
         """Count some windows and keep those that tell something."""
@@ -8458,8 +8513,9 @@ class Backtest:
                 self.kept.append(one.history)
 
 
-def start_backtest(policy: Policy, gate: str, days: float, sampler: PrometheusSampler, limits: GateLimits | None,
-                   now_s: float, *, model_id: str = "", is_empty_zero: bool = False) -> Backtest:
+def start_backtest(policy: Policy, gate: str, days: float, sampler: PrometheusSampler,
+                   limits: GateLimits | None, now_s: float, *, model_id: str = "",
+                   is_empty_zero: bool = False) -> Backtest:
     """A backtest of the days before `now_s`. Raises InvalidArguments for more than can be judged."""
     if not 0 < days <= MAX_DAYS:
         raise InvalidArguments(f"days is {days:g}; allowed: over 0 to {MAX_DAYS:g}")
@@ -8477,12 +8533,13 @@ def start_backtest(policy: Policy, gate: str, days: float, sampler: PrometheusSa
         raise InvalidArguments(f"a window of {policy.window_s:g} s does not fit into {days:g} days")
     stride = math.ceil(count * ticks_apart / _MAX_TICKS)
     # The last window's grace lies before now, so that nothing is judged on what has not come yet.
-    begin_s = math.floor(now_s - (count * ticks_apart + window_points(policy) - ticks_apart) * policy.interval_s)
+    span_ticks = count * ticks_apart + window_points(policy) - ticks_apart
+    begin_s = math.floor(now_s - span_ticks * policy.interval_s)
     if not all(name in queries for name in ("req", "errcount", "fast")):
         queries = {name: query for name, query in queries.items() if name not in ("req", "errcount", "fast")}
     queries.pop("fresh", None)
-    return Backtest(policy, gate, model_id, queries, begin_s, range(0, count * ticks_apart, stride * ticks_apart), ticks_apart,
-                    is_empty_zero)
+    return Backtest(policy, gate, model_id, queries, begin_s,
+                    range(0, count * ticks_apart, stride * ticks_apart), ticks_apart, is_empty_zero)
 
 
 async def run_backtest(test: Backtest, sampler: PrometheusSampler,
@@ -8495,7 +8552,8 @@ async def run_backtest(test: Backtest, sampler: PrometheusSampler,
         test.bounds_ms = await _read_bounds(test, sampler)
         for group in _group_starts(test):
             history = await _read_history(test, sampler, group)
-            test.add(await asyncio.to_thread(judge_windows, test.policy, history, [at - group[0] for at in group]))
+            test.add(await asyncio.to_thread(judge_windows, test.policy, history,
+                                             [at - group[0] for at in group]))
             tell(sum(test.decisions.values()), len(test.starts))
     except UpstreamError as error:
         if error.word == "bad_query":
@@ -8537,13 +8595,13 @@ async def _read_history(test: Backtest, sampler: PrometheusSampler, group: Seque
     wanted |= {f"fast@{bound:g}": ("fast", bound) for bound in test.bounds_ms}
     columns = {}
     for column, (name, limit_ms) in wanted.items():
-        columns[column] = await _read_column(sampler, test.ask(name, limit_ms), begin_s, count, test.policy.interval_s,
-                                             _READ_CEILINGS.get(name, math.inf))
+        columns[column] = await _read_column(sampler, test.ask(name, limit_ms), begin_s, count,
+                                             test.policy.interval_s, _READ_CEILINGS.get(name, math.inf))
     return History(begin_s, columns, sampler.reach_s(test.queries), test.is_empty_zero)
 
 
-async def _read_column(sampler: PrometheusSampler, query: str, begin_s: float, count: int, step_s: float, ceiling: float
-                       ) -> list[tuple[float | None, str]]:
+async def _read_column(sampler: PrometheusSampler, query: str, begin_s: float, count: int, step_s: float,
+                       ceiling: float) -> list[tuple[float | None, str]]:
     found: list[tuple[float | None, str]] = []
     while len(found) < count:
         more = min(_POINTS_A_REQUEST, count - len(found))
@@ -8575,8 +8633,8 @@ def _describe(test: Backtest, proposed: tuple[Policy, int] | None, reach_s: floa
     if test.starts.step > test.ticks_apart:
         warnings.append(f"only every {test.starts.step // test.ticks_apart}. window was judged, to bound the work")
     if reach_s > policy.interval_s:
-        warnings.append(f"a written-out range reaches back {reach_s:g} s, so each window is as much longer in any mode "
-                        "but guarded; [$__window] needs none of it")
+        warnings.append(f"a written-out range reaches back {reach_s:g} s, so each window is as much longer in "
+                        "any mode but guarded; [$__window] needs none of it")
     proposal = proposed and _describe_proposal(test, *proposed)
     reasons = ", ".join(f"{reason} {count}" for reason, count in test.reasons.most_common())
     summary = (f"this policy would have rolled back {rolled_back} of {judged} windows of {test.gate}"
@@ -8597,7 +8655,8 @@ def _describe_proposal(test: Backtest, looser: Policy, left: int) -> dict[str, A
     told = " and ".join(names[name].format(value) for name, value in changed.items())
     tried, rolled_back = len(test.kept), test.decisions["ROLLED_BACK"]
     of = f" of the first {tried} that were tried again" if tried < rolled_back else ""
-    return {"targets": {name: plain_number(value) for name, value in changed.items()}, "rolledBack": left, "of": tried,
+    return {"targets": {name: plain_number(value) for name, value in changed.items()},
+            "rolledBack": left, "of": tried,
             "text": f"{told} makes it {left}{of}, and lets worse canaries pass as well"}
 
 
@@ -9057,13 +9116,13 @@ class Courier:
                  note: Callable[[str], None] = lambda change_id: None):
         self._store = store
         self._clock = clock
-        self._plan = plan
+        self._hooks = {hook.name: _resolve_url(config, hook) for hook in plan.hooks.values()}
         self._actuator = actuator
         self._brakes = brakes
         self._note = note
         self._folder = config.repo_root or "."
-        self._secrets = {hook.name: read_operator_file(secret_path(config, hook), f"hooks.{hook.name}.secret_file").strip()
-                         .encode() for hook in plan.hooks.values() if hook.secret_file}
+        self._secrets = {hook.name: _read_beside(config, hook.secret_file, f"hooks.{hook.name}.secret_file").encode()
+                         for hook in plan.hooks.values() if hook.secret_file}
         self._environ = child_environment()
         self._wake = asyncio.Event()
         self._busy: dict[int, tuple[Delivery, asyncio.Task[None]]] = {}
@@ -9133,7 +9192,7 @@ class Courier:
                 if claimed is None:
                     return
                 delivery = claimed
-            outcome = await self._call(self._plan.hooks.get(delivery.hook), delivery.hook, delivery.key, delivery.body)
+            outcome = await self._call(delivery.hook, delivery.key, delivery.body)
             await self._settle(delivery, outcome)
         # house: allow broad -- one call must not end the others; it is tried again
         except Exception:
@@ -9168,14 +9227,15 @@ class Courier:
     def _send_once(self, hook: Hook, key: str, body: dict[str, Any]) -> None:
         """One call of a hook for a stop that the database can't take."""
         document = body | {"at": utc_text(self._clock.now_s())}
-        task = asyncio.create_task(self._call(hook, hook.name, key, document))
+        task = asyncio.create_task(self._call(hook.name, key, document))
         self._extras.add(task)
         task.add_done_callback(self._extras.discard)
 
     # -- one call --
 
-    async def _call(self, hook: Hook | None, name: str, key: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def _call(self, name: str, key: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """What a call met: ok, else fault and perhaps permanent; output is what the other side said."""
+        hook = self._hooks.get(name)
         if hook is None:
             return {"ok": False, "permanent": True, "fault": f"the hook {name} is not configured any more"}
         content = to_text(dict(body) | {"idempotencyKey": key}).encode("ascii")
@@ -9266,9 +9326,24 @@ async def _read_answer_head(reader: asyncio.StreamReader) -> bytes:
     return head
 
 
-def secret_path(config: Config, hook: Hook) -> str:
-    """Where a hook's secret lies; a relative path is taken from the folder of lukhas.toml."""
-    return os.path.join(os.path.dirname(config.config), hook.secret_file)
+def _read_beside(config: Config, path: str, key: str) -> str:
+    """The text of a file named in lukhas.toml. Raises ConfigError."""
+    return read_operator_file(path_beside(config, path), key).strip()
+
+
+def _resolve_url(config: Config, hook: Hook) -> Hook:
+    """The hook with its address, which may stand in a file. Raises ConfigError."""
+    if not hook.url_file:
+        return hook
+    url = _read_beside(config, hook.url_file, f"hooks.{hook.name}.url_file")
+    if not is_hook_url(url):
+        raise ConfigError(f"hooks.{hook.name}.url_file is {hook.url_file!r}, which holds no http(s)://host without a user")
+    return replace(hook, url=url)
+
+
+def path_beside(config: Config, path: str) -> str:
+    """A path named in lukhas.toml; a relative one is taken from the folder of that file."""
+    return os.path.join(os.path.dirname(config.config), path)
 
 
 # ==============================================================================
@@ -10374,7 +10449,8 @@ class JobRunner:
             return BuiltinAttempt(self._builtins[job.task_id], context)
         folder = os.path.join(self._folder, job.job_id)
         command = CommandAttempt(task, self._config.repo_root, folder, self._clock.now_s())
-        await command.start(self._plan.configs.get(job.config_id) or EvalConfig(job.config_id), self._environ)
+        environ = self._environ | ({"LUKHAS_EVAL_MODEL": job.model_id} if job.model_id else {})
+        await command.start(self._plan.configs.get(job.config_id) or EvalConfig(job.config_id), environ)
         return command
 
     async def _follow(self, run: _Run, attempt: Attempt, deadline_s: float) -> bool:
@@ -10462,6 +10538,14 @@ class JobRunner:
         if len(tx.list_jobs(limit, (JobStatus.QUEUED,))) >= limit:
             raise Unavailable(f"{limit} evals wait already, as many as LUKHAS_MCP_MAX_QUEUED_JOBS allows; "
                               "ask again when some have ended, or cancel some")
+
+
+def pass_on(runner: JobRunner, event: Event) -> None:
+    """Tell the runner what any process of this database has queued or cancelled."""
+    if event.kind == "job" and event.step == "queued":
+        runner._wake.set()
+    elif event.kind == "job" and event.step == "cancelled":
+        runner._halt(event.entity_id)
 
 
 _UNDER_WAY = (JobStatus.QUEUED, JobStatus.RUNNING)
@@ -12316,26 +12400,31 @@ class PathList:
 
 _TIMEOUT_S = 15.0
 _GRACE_S = 2.0
-_MAX_OUTPUT_BYTES = 32 * 2**20
+MAX_GIT_BYTES = 32 * 2**20
 _MAX_ERROR_BYTES = 65536
 _AT_ONCE = 2
 _NO_FILE = os.devnull
 
 _OVERRIDES = tuple(f"{key}={value}" for key, value in {
-    "core.fsmonitor": "false", "core.pager": "cat", "core.editor": ":", "core.askPass": "", "core.sshCommand": "false",
+    "core.fsmonitor": "false", "core.pager": "cat", "core.editor": ":", "core.askPass": "",
+    "core.sshCommand": "false",
     "core.splitIndex": "false", "core.quotePath": "false", "core.fsync": "committed,reference",
     "commit.gpgSign": "false", "tag.gpgSign": "false", "log.showSignature": "false", "gpg.program": "false",
     "gc.auto": "0", "maintenance.auto": "false", "protocol.allow": "never", "credential.helper": "",
     "diff.ignoreSubmodules": "all", "diff.submodule": "short", "diff.autoRefreshIndex": "false",
-    "diff.orderFile": _NO_FILE, "diff.noprefix": "false", "diff.mnemonicPrefix": "false", "diff.relative": "false",
-    "diff.suppressBlankEmpty": "false", "diff.interHunkContext": "0", "diff.colorMoved": "no", "diff.algorithm": "default",
+    "diff.orderFile": _NO_FILE, "diff.noprefix": "false", "diff.mnemonicPrefix": "false",
+    "diff.relative": "false",
+    "diff.suppressBlankEmpty": "false", "diff.interHunkContext": "0", "diff.colorMoved": "no",
+    "diff.algorithm": "default",
     "color.ui": "false", "color.diff": "false", "color.status": "false", "log.follow": "false",
     "status.submoduleSummary": "false", "submodule.recurse": "false", "i18n.commitEncoding": "utf-8",
     "i18n.logOutputEncoding": "utf-8"}.items())
 _VARIABLES = {
     "HOME": _NO_FILE, "XDG_CONFIG_HOME": _NO_FILE, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1",
-    "GIT_CONFIG_GLOBAL": _NO_FILE, "GIT_ATTR_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0",
-    "GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_NO_REPLACE_OBJECTS": "1", "GIT_LITERAL_PATHSPECS": "1",
+    "GIT_CONFIG_GLOBAL": _NO_FILE, "GIT_ATTR_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0",
+    "GIT_OPTIONAL_LOCKS": "0",
+    "GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_NO_REPLACE_OBJECTS": "1",
+    "GIT_LITERAL_PATHSPECS": "1",
     "GIT_PAGER": "cat", "GIT_EDITOR": ":"}
 _WATCHED = r"^((user|author)\.(name|email)$|core\.(excludesfile|hookspath)$|filter\.|hook\.)"
 _REVISION = re.compile(r"(?!-)[^\s\x00-\x20\x7f:?*\[\\]{1,200}")
@@ -12379,11 +12468,11 @@ class Git:
         path = _own_path(inherited.get("PATH", ""), self.root.path)
         program = shutil.which("git", path=path)
         if program is None:
-            raise Unavailable("git is not installed on this machine; install it (apt-get install git, apk add git), "
-                              "then this tool works without a restart")
+            raise Unavailable("git is not installed on this machine; install it (apt-get install git, apk add "
+                              "git), then this tool works without a restart")
         if not os.path.exists(os.path.join(self.root.path, ".git")):
-            raise Unavailable("the repository root is no git work tree (there is no .git in it); run git init there, "
-                              "or set LUKHAS_REPO_ROOT to the top of one")
+            raise Unavailable("the repository root is no git work tree (there is no .git in it); run git init "
+                              "there, or set LUKHAS_REPO_ROOT to the top of one")
         return GitRun(self, program, path, inherited)
 
     def execute(self, command: Sequence[str], environ: dict[str, str], given: bytes, limit_bytes: int,
@@ -12411,8 +12500,8 @@ class Git:
             if not is_cut:
                 process.wait(max(until_s - self.clock.monotonic_s(), 0.01))
         except (TimeoutError, subprocess.TimeoutExpired):
-            raise Unavailable(f"git took more than {timeout_s:g} s and was stopped; ask for less (a path, a limit), "
-                              "or try again") from None
+            raise Unavailable(f"git took more than {timeout_s:g} s and was stopped; ask for less (a path, a "
+                              "limit), or try again") from None
         finally:
             _end_process(process)
         return GitOutput(process.returncode, output, errors.decode("utf-8", "replace"), is_cut)
@@ -12496,14 +12585,17 @@ class GitRun:
         self.identity = _identity(settings)
         self.hooks_path = settings.get("core.hookspath", "")
         excludes = settings.get("core.excludesfile") or self._home("~/.config/git/ignore")
-        self._words = (*_OVERRIDES, f"core.excludesFile={self._home(excludes)}", *_disarmed(settings, "filter"))
+        self._words = (*_OVERRIDES, f"core.excludesFile={self._home(excludes)}",
+                       *_disarmed(settings, "filter"))
         self._hook_words = ("core.hooksPath=" + _NO_FILE, *_disarmed(settings, "hook"))
 
-    def run(self, *words: str, given: bytes = b"", ok: Sequence[int] = (0,), limit_bytes: int = _MAX_OUTPUT_BYTES,
+    def run(self, *words: str, given: bytes = b"", ok: Sequence[int] = (0,),
+            limit_bytes: int = MAX_GIT_BYTES,
             environ: dict[str, str] | None = None) -> GitOutput:
         """Run one command without any hook; an exit code that is not in `ok` raises."""
         command = [*self._start, *_with_c(self._words + self._hook_words), *words]
-        done = self._git.execute(command, {**self._environ, **(environ or {})}, given, limit_bytes, _TIMEOUT_S)
+        done = self._git.execute(command, {**self._environ, **(environ or {})}, given, limit_bytes,
+                                 _TIMEOUT_S)
         if done.code not in ok and not done.is_cut:
             raise self._explain(words[0], done)
         return done
@@ -12512,7 +12604,8 @@ class GitRun:
         """Run a hook of the repository as git would, in the operator's environment (git 2.36)."""
         words = ["hook", "run", "--ignore-missing", name, *(["--", *arguments] if arguments else [])]
         environ = {**self._inherited, "GIT_INDEX_FILE": index, "GIT_EDITOR": ":", "GIT_TERMINAL_PROMPT": "0"}
-        done = self._git.execute([*self._start, *_with_c(self._words), *words], environ, b"", 2**20, timeout_s)
+        done = self._git.execute([*self._start, *_with_c(self._words), *words], environ, b"", 2**20,
+                                 timeout_s)
         if done.code == 1 and "not a git command" in done.errors or done.code == 129:
             raise Unavailable("LUKHAS_MCP_GIT_HOOKS=1 needs git 2.36 or newer; install it, or set it to 0")
         return done
@@ -12521,7 +12614,7 @@ class GitRun:
         """The id of the commit that a caller named. Raises InvalidArguments, NotFound."""
         shown = "".join(char if char.isprintable() else "?" for char in revision[:80])
         if not _REVISION.fullmatch(revision) or ".." in revision:
-            raise InvalidArguments(f"{shown!r} is no revision; give one, like HEAD~2, a branch, a tag or a commit id")
+            raise InvalidArguments(f"{shown!r} is no revision; give one, like HEAD~2, a branch or a commit id")
         commit = self.find_commit(revision)
         if commit is None:
             raise NotFound(f"Unknown revision: {shown}; git_log lists commits")
@@ -12529,7 +12622,8 @@ class GitRun:
 
     def find_commit(self, revision: str) -> str | None:
         """The id of a commit, or None; for names that are known to be none of options."""
-        done = self.run("rev-parse", "--verify", "--quiet", "--end-of-options", revision + "^{commit}", ok=(0, 1, 128))
+        done = self.run("rev-parse", "--verify", "--quiet", "--end-of-options", revision + "^{commit}",
+                        ok=(0, 1, 128))
         return done.line if done.code == 0 else None
 
     def folder(self) -> str:
@@ -12548,16 +12642,19 @@ class GitRun:
     def under_way(self) -> str | None:
         """The merge, rebase or the like that somebody has not finished."""
         folder = self.folder()
-        return next((word for name, word in _UNFINISHED.items() if os.path.exists(os.path.join(folder, name))), None)
+        return next((word for name, word in _UNFINISHED.items()
+                     if os.path.exists(os.path.join(folder, name))), None)
 
     def list_files(self) -> list[str]:
-        """Every file that is tracked, or neither tracked nor ignored; what is gone from the disk may be among them."""
-        return list(dict.fromkeys(self.run("ls-files", "-z", "--cached", "--others", "--exclude-standard").fields))
+        """Every file that is tracked, or neither tracked nor ignored; some may be gone from the disk."""
+        return list(dict.fromkeys(self.run("ls-files", "-z", "--cached", "--others",
+                                           "--exclude-standard").fields))
 
     def _read_settings(self) -> dict[str, str]:
         """The settings of every scope that matter here; reading them runs nothing."""
         done = self._git.execute([*self._start, "config", "-z", "--get-regexp", _WATCHED],
-                                 {**self._inherited, "PATH": self._path, "LC_ALL": "C"}, b"", 2**20, _TIMEOUT_S)
+                                 {**self._inherited, "PATH": self._path, "LC_ALL": "C"}, b"", 2**20,
+                                 _TIMEOUT_S)
         if done.code not in (0, 1):
             raise self._explain("config", done)
         rows = (row.partition("\n") for row in done.fields)
@@ -12570,9 +12667,11 @@ class GitRun:
         """The error of the house for what git printed; the machine's paths are taken out."""
         said = done.errors.replace(self._git.root.path, "<repository>").strip()
         if ".lock': File exists" in said:
-            return Conflict(f"another git process is at work on the repository, or one died in it ({_first_line(said)}); "
-                            "try again, and if no git runs any more, remove that lock file", detail=said)
-        return Unavailable(f"git {command} failed: {_first_line(said) or f'exit code {done.code}'}", detail=said)
+            return Conflict("another git process is at work on the repository, or one died in it "
+                            f"({_first_line(said)}); try again, and if no git runs any more, remove that lock "
+                            "file", detail=said)
+        return Unavailable(f"git {command} failed: {_first_line(said) or f'exit code {done.code}'}",
+                           detail=said)
 
 
 def _with_c(words: Sequence[str]) -> Iterator[str]:
@@ -12595,183 +12694,11 @@ def _disarmed(settings: dict[str, str], kind: str) -> tuple[str, ...]:
     """The words that take every program from the configured filters or hooks."""
     names = {key[len(kind) + 1:].rpartition(".")[0] for key in settings if key.startswith(kind + ".")} - {""}
     if any("=" in name for name in names):
-        raise Unavailable(f"the git configuration has a {kind} with = in its name, which can't be switched off; rename it")
-    parts = {"filter": ("clean=", "smudge=", "process=", "required=false"), "hook": ("command=", "enabled=false")}[kind]
+        raise Unavailable(f"the git configuration has a {kind} with = in its name, which can't be switched off; "
+                          "rename it")
+    parts = {"filter": ("clean=", "smudge=", "process=", "required=false"),
+             "hook": ("command=", "enabled=false")}[kind]
     return tuple(f"{kind}.{name}.{part}" for name in sorted(names) for part in parts)
-
-
-# -- reading ------------------------------------------------------------------
-
-
-_LISTING_BYTES = 8 * 2**20
-_PAGE_BYTES = 200_000
-_MAX_BODY = 4000
-_MAX_HIDDEN = 500
-_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--ignore-submodules=all", "--submodule=short",
-         "--src-prefix=a/", "--dst-prefix=b/", "--find-renames")
-_NO_CHANGE = re.compile(rb"^diff --git .*\n(?=diff --git |\Z)", re.M)
-_LOG_FIELDS = ("commit", "parents", "author", "email", "date", "committer", "message")
-_LOG_FORMAT = "--format=tformat:" + "%x00".join(("%H", "%P", "%an", "%ae", "%aI", "%cn", "%B"))
-
-
-def read_status(run: GitRun, path: str, offset: int, limit: int) -> dict[str, Any]:
-    """Branch, commit and what differs from it, without the names of secret files.
-
-    items: path, index and worktree as git's letters (. is unchanged, ? untracked, U unmerged), `from`.
-    """
-    done = run.run("status", "--porcelain=v2", "-z", "--branch", "--untracked-files=normal", "--ignore-submodules=all",
-                   "--", *([path] if path else []), limit_bytes=_LISTING_BYTES)
-    heads, items = _parse_status(done.fields)
-    items = [item for item in items if _is_shown(run.root, item["path"]) and _is_shown(run.root, item.get("from", "x"))]
-    ahead, _, behind = heads.get("ab", "").partition(" ")
-    commit, branch = heads.get("oid"), heads.get("head")
-    page = items[offset:offset + limit]
-    is_more = done.is_cut or offset + limit < len(items)
-    return {"branch": None if branch == "(detached)" else branch, "commit": None if commit == "(initial)" else commit,
-            "upstream": heads.get("upstream"), "ahead": int(ahead) if ahead else None,
-            "behind": -int(behind) if behind else None, "underWay": run.under_way(), "clean": not items,
-            "items": page, "total": None if done.is_cut else len(items), "truncated": is_more,
-            "nextOffset": offset + len(page) if is_more and page else None}
-
-
-def _parse_status(fields: list[str]) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """The headers and entries of porcelain v2 (git-status, Porcelain Format Version 2)."""
-    heads: dict[str, str] = {}
-    items: list[dict[str, str]] = []
-    rest = iter(fields)
-    for field_ in rest:
-        kind, _, text = field_.partition(" ")
-        if kind == "#":
-            name, _, value = text.removeprefix("branch.").partition(" ")
-            heads[name] = value
-        elif kind in ("1", "2", "u"):
-            words = text.split(" ", {"1": 7, "2": 8, "u": 9}[kind])
-            item = {"path": words[-1], "index": words[0][0], "worktree": words[0][1]}
-            items.append(item | ({"from": next(rest, "")} if kind == "2" else {}))
-        else:
-            items.append({"path": text, "index": "?", "worktree": "?"})
-    return heads, items
-
-
-def _is_shown(root: Root, path: str) -> bool:
-    """Whether a path may be named to a caller: no secret, nothing of git's or ours, proper Unicode."""
-    parts = path.rstrip("/").split("/")
-    return all(root.is_listed("/".join(parts[:depth]), parts[depth - 1]) for depth in range(1, len(parts) + 1))
-
-
-def read_log(run: GitRun, revision: str, path: str, offset: int, limit: int) -> dict[str, Any]:
-    """The commits that a revision is made of, newest first, or those that changed a path."""
-    if revision == "HEAD" and run.find_commit("HEAD") is None:
-        return {"commits": [], "truncated": False, "nextOffset": None}
-    commit = run.resolve(revision)
-    done = run.run("log", "-z", "--no-color", "--no-show-signature", _LOG_FORMAT, f"--skip={offset}",
-                   f"--max-count={limit + 1}", commit, "--", *([path] if path else []), limit_bytes=_LISTING_BYTES)
-    commits = _parse_log(done.output)
-    is_more = done.is_cut or len(commits) > limit
-    page = commits[:limit]
-    return {"commits": page, "truncated": is_more, "nextOffset": offset + len(page) if is_more and page else None}
-
-
-def _parse_log(output: bytes) -> list[dict[str, Any]]:
-    values = [piece.decode("utf-8", "replace") for piece in output.split(b"\0")[:-1]]
-    rows = [values[at:at + len(_LOG_FIELDS)] for at in range(0, len(values), len(_LOG_FIELDS))]
-    return [_to_commit(dict(zip(_LOG_FIELDS, row))) for row in rows if len(row) == len(_LOG_FIELDS)]
-
-
-def _to_commit(row: dict[str, str]) -> dict[str, Any]:
-    subject, _, body = row.pop("message").strip().partition("\n")
-    is_long = len(body) > _MAX_BODY
-    return {**row, "parents": row["parents"].split(), "subject": subject[:1000],
-            "body": body.strip()[:_MAX_BODY] + "\u2026" * is_long}
-
-
-def read_diff(run: GitRun, old: str | None, new: str | None, *, path: str = "", is_staged: bool = False,
-              context: int = 3, offset: int = 0, limit: int = 400) -> dict[str, Any]:
-    """The differences between two commits, or from one to what is staged or in the work tree.
-
-    `old` and `new` are ids; no `old` is the empty tree. files: path, status, added, removed (null in a
-    binary file), `from`. diff: `limit` lines from `offset` on; secret files are left out and counted.
-    """
-    old = old or run.empty_tree()
-    ends = [old, new] if new else ["--cached", old] if is_staged else [old]
-    magic = {"GIT_LITERAL_PATHSPECS": "0"}
-    wanted = [f":(top,literal){path}"] if path else []
-    listed = run.run(*_DIFF, "--raw", "--numstat", "-z", *ends, "--", *wanted, environ=magic, limit_bytes=_LISTING_BYTES)
-    if listed.is_cut:
-        raise Conflict("the difference has too many files for one answer; give a path")
-    files = _parse_changes(listed.fields)
-    hidden = {name for one in files for name in (one["path"], one.get("from", "x")) if not _is_shown(run.root, name)}
-    if len(hidden) > _MAX_HIDDEN:
-        raise Conflict(f"the difference has {len(hidden)} files that must not be shown; give a path")
-    shown = [one for one in files if one["path"] not in hidden and one.get("from") not in hidden]
-    left_out = [f":(top,exclude,literal){name}" for name in sorted(hidden)]
-    done = run.run(*_DIFF, f"--unified={context}", *ends, "--", *(wanted or [":(top)"]), *left_out, environ=magic)
-    page = _page_lines(_NO_CHANGE.sub(b"", done.output), done.is_cut, offset, limit)
-    return {"files": shown[:300], "filesTotal": len(shown), "hidden": len(files) - len(shown),
-            "added": sum(one.get("added") or 0 for one in shown), "removed": sum(one.get("removed") or 0 for one in shown), **page}
-
-
-def _parse_changes(fields: list[str]) -> list[dict[str, Any]]:
-    """The entries of `--raw --numstat -z`: first every raw one, then the counts in the same order.
-
-    What has no counts has only been touched: git would find that out by writing the index, which a reader must not.
-    """
-    files: dict[str, dict[str, Any]] = {}
-    rest = iter(fields)
-    for text in rest:
-        if text.startswith(":"):
-            status = text.rpartition(" ")[2]
-            source = {"from": next(rest, "")} if status[0] in "RC" else {}
-            name = next(rest, "")
-            files[name] = {"path": name, "status": status[0], **source}
-            continue
-        added, removed, name = text.split("\t", 2)
-        if not name:
-            next(rest, "")
-            name = next(rest, "")
-        if name in files:
-            files[name] |= {"added": None if added == "-" else int(added), "removed": None if added == "-" else int(removed)}
-    return [one for one in files.values() if "added" in one or one["status"] == "U"]
-
-
-def _page_lines(content: bytes, is_cut: bool, offset: int, limit: int) -> dict[str, Any]:
-    """Some lines of a text, and where to read on."""
-    lines = content.split(b"\n")
-    lines = lines[:-1] if is_cut or not lines[-1] else lines  # a line that was cut through is none
-    page, size = [], 0
-    for line in lines[offset:offset + limit]:
-        size += len(line) + 1
-        if size > _PAGE_BYTES and page:
-            break
-        page.append(line[:_PAGE_BYTES])
-    end = offset + len(page)
-    is_more = is_cut or end < len(lines)
-    return {"diff": b"".join(line + b"\n" for line in page).decode("utf-8", "replace"), "truncated": is_more,
-            "lines": None if is_cut else len(lines), "nextOffset": end if end < len(lines) else None}
-
-
-def read_commit(run: GitRun, revision: str, **page: Any) -> dict[str, Any]:
-    """One commit with its difference from its first parent."""
-    commit = run.resolve(revision)
-    head = _parse_log(run.run("log", "-z", "--no-color", "--no-show-signature", _LOG_FORMAT, "--max-count=1", commit).output)
-    parents = head[0]["parents"]
-    return {**head[0], **read_diff(run, parents[0] if parents else None, commit, **page)}
-
-
-def read_old_file(run: GitRun, revision: str, rel: str) -> tuple[str, bytes]:
-    """The commit that was meant, and the bytes of a file as they were in it. Raises NotFound, Conflict."""
-    commit = run.resolve(revision)
-    entry = run.run("ls-tree", "-z", "--long", commit, "--", rel).fields
-    if not entry:
-        raise NotFound(f"{rel} is not in {commit[:12]}; git_log with a path lists the commits that changed it")
-    mode, kind, blob, size = entry[0].partition("\t")[0].split()
-    if mode not in ("100644", "100755", "100664"):
-        raise Conflict(f"Not a regular file in {commit[:12]}: {rel} ({kind}, mode {mode})")
-    if not size.isdigit():
-        raise Unavailable(f"{rel} as it was in {commit[:12]} is not in this partial clone, and this server fetches nothing")
-    if int(size) > _MAX_OUTPUT_BYTES:
-        raise Conflict(f"{rel} has {size} bytes in {commit[:12]}; tools take files up to {_MAX_OUTPUT_BYTES}")
-    return commit, run.run("cat-file", "blob", blob).output
 
 
 # ==============================================================================
@@ -12825,7 +12752,8 @@ class TreeBuilder:
         self._base = base
         self._environ = {"GIT_INDEX_FILE": self._index}
         self._real = os.path.join(run.folder(), "index")
-        with contextlib.suppress(FileNotFoundError):  # a copy keeps the times, so that unchanged files are not read
+        with contextlib.suppress(FileNotFoundError):
+            # A copy keeps the times, so that unchanged files are not read.
             shutil.copy2(self._real, self._index)
         self._git("read-tree", *(["--reset", base] if base else ["--empty"]))
 
@@ -12839,7 +12767,8 @@ class TreeBuilder:
         found = self._git(*words, *([] if everything else named)).fields
         if with_staged:  # files that are ignored, but that somebody has staged by force
             base = self._base or self._run.empty_tree()
-            found += self._run.run("diff-index", "-z", "--cached", "--name-only", "--no-renames", base, "--").fields
+            found += self._run.run("diff-index", "-z", "--cached", "--name-only", "--no-renames", base,
+                                   "--").fields
         for rel, path in zip(named, add):
             if rel and not any(one == rel or one.startswith(rel + "/") for one in found):
                 self._check_named(rel, path)
@@ -12854,7 +12783,8 @@ class TreeBuilder:
         if self._git("ls-files", "-z", "--", rel, limit_bytes=1).output:
             return
         # check-ignore knows no literal paths; after ./ nothing is magic.
-        if self._run.run("check-ignore", "--quiet", "--", f"./{rel}", ok=(0, 1), environ={"GIT_LITERAL_PATHSPECS": "0"}).code == 0:
+        if self._run.run("check-ignore", "--quiet", "--", f"./{rel}", ok=(0, 1),
+                         environ={"GIT_LITERAL_PATHSPECS": "0"}).code == 0:
             raise Conflict(f"{path} is ignored by .gitignore; commit it by hand if that is meant")
         if not os.path.lexists(os.path.join(self._run.root.path, rel)):
             raise NotFound(f"File does not exist: {path}")
@@ -12876,18 +12806,20 @@ class TreeBuilder:
 
     def _check_file(self, rel: str, driver: str | None) -> None:
         root = self._run.root
-        if rel.endswith("/") or (os.path.isdir(place := os.path.join(root.path, rel)) and not os.path.islink(place)):
+        if rel.endswith("/") or (os.path.isdir(place := os.path.join(root.path, rel))
+                                 and not os.path.islink(place)):
             raise PathRefused(f"A repository in the repository: {rel}; commit it by hand")
         root.writable(rel)
         if driver:
-            raise PathRefused(f"{rel} goes through the filter {driver} (.gitattributes), a program that this server does "
-                              "not run; commit it by hand")
+            raise PathRefused(f"{rel} goes through the filter {driver} (.gitattributes), a program that this server "
+                              "does not run; commit it by hand")
 
     def _filtered(self, found: list[str]) -> dict[str, str]:
-        """The filter driver of each file that has one; whatever it is, its bytes would not be what git expects."""
+        """The filter driver of each file that has one: without it, its bytes are not what git expects."""
         given = b"".join(os.fsencode(rel) + b"\0" for rel in found)
         rows = iter(self._git("check-attr", "-z", "--stdin", "filter", given=given).fields)
-        return {rel: value for rel, _, value in zip(rows, rows, rows) if value not in ("unspecified", "unset")}
+        return {rel: value for rel, _, value in zip(rows, rows, rows)
+                if value not in ("unspecified", "unset")}
 
     def take_back(self, commit: str) -> None:
         """Put back what a commit changed. Raises Conflict for a file that has changed since."""
@@ -12897,13 +12829,14 @@ class TreeBuilder:
         there = {name: tuple(entry.split()[:2]) for entry, _, name in rows}
         for name, old, _ in wanted:
             if there.get(name) != (old if old[0] != _NO_MODE else None):
-                raise Conflict(f"{name} has been committed again since {commit[:12]}; take the later commit back first")
+                raise Conflict(f"{name} has been committed again since {commit[:12]}; take that back first")
         self._set_entries(self._index, wanted)
 
     def write_tree(self, nothing: str) -> tuple[str, str]:
         """The tree that was there, and the new one. Raises Conflict with `nothing` when they are the same."""
         tree = self._git("write-tree").line
-        base = self._run.run("rev-parse", f"{self._base}^{{tree}}").line if self._base else self._run.empty_tree()
+        base = self._run.run("rev-parse",
+                             f"{self._base}^{{tree}}").line if self._base else self._run.empty_tree()
         if tree == base:
             raise Conflict(nothing)
         return base, tree
@@ -12923,18 +12856,20 @@ class TreeBuilder:
         self._run.run("update-index", "-q", "--refresh", environ={"GIT_INDEX_FILE": self._next}, ok=(0, 1))
         return NextIndex(_read_index_file(self._next), before, _LOCK_PREFIX + new_secret())
 
-    def _set_entries(self, index: str, changes: Sequence[tuple[str, tuple[str, str], tuple[str, str]]]) -> None:
+    def _set_entries(self, index: str, changes: Sequence[_TreeChange]) -> None:
         # What goes comes first: a file may become a folder.
         ordered = sorted(changes, key=lambda change: change[2][0] != _NO_MODE)
-        given = b"".join(b"%s %s\t%s\0" % (new[0].encode(), new[1].encode(), os.fsencode(name)) for name, _, new in ordered)
+        given = b"".join(os.fsencode(f"{new[0]} {new[1]}\t{name}\0") for name, _, new in ordered)
         self._run.run("update-index", "-z", "--index-info", given=given, environ={"GIT_INDEX_FILE": index})
 
 
+_TreeChange = tuple[str, tuple[str, str], tuple[str, str]]  # path, and mode and id of the old and of the new
 _NO_MODE = "000000"
-_TREE_CHANGES = ("diff-tree", "-r", "-z", "--no-renames", "--no-ext-diff", "--no-textconv", "--raw", "--no-abbrev")
+_TREE_CHANGES = ("diff-tree", "-r", "-z", "--no-renames", "--no-ext-diff", "--no-textconv", "--raw",
+                 "--no-abbrev")
 
 
-def _parse_tree_changes(fields: Sequence[str]) -> list[tuple[str, tuple[str, str], tuple[str, str]]]:
+def _parse_tree_changes(fields: Sequence[str]) -> list[_TreeChange]:
     """(path, old, new) of `diff-tree --raw -z`, where old and new are (mode, id)."""
     rows = iter(fields)
     found = []
@@ -12995,7 +12930,8 @@ def _find_hooks(run: GitRun) -> list[str]:
 
 def index_busy() -> Conflict:
     """The error for a lock that another git process holds."""
-    return Conflict("another git process holds .git/index.lock; try again, and if no git runs any more, remove that file")
+    return Conflict("another git process holds .git/index.lock; try again, and if no git runs any more, remove "
+                    "that file")
 
 
 @contextlib.contextmanager
@@ -13014,7 +12950,8 @@ def hold_index(folder: str, new: NextIndex) -> Iterator[Callable[[], None]]:
             os.fsync(descriptor)
             with _linked_lock(mine, index) as place:
                 if _digest_of_file(index) != new.before:
-                    raise Conflict("the index was changed by another git process just now; nothing was committed, try again")
+                    raise Conflict("the index was changed by another git process just now; nothing was "
+                                   "committed, try again")
                 yield place
         finally:
             os.unlink(mine)
@@ -13127,7 +13064,8 @@ class PreparedCommit:
 
     def to_details(self) -> dict[str, Any]:
         """What the audit keeps of an intent, and `decide` wants back."""
-        return {"kind": "commit", "commit": self.commit, "ref": self.ref, "branch": self.branch, "old": self.old,
+        return {"kind": "commit", "commit": self.commit, "ref": self.ref, "branch": self.branch,
+                "old": self.old,
                 "paths": list(self.paths[:_MAX_LISTED]), "lock": self.index and self.index.name,
                 "indexSha256": self.index and self.index.sha256}
 
@@ -13153,12 +13091,14 @@ class Commits:
         self._git = git
         self._folder = folder
         try:
-            self._protected = [(name, compile_glob(name.casefold() if "/" in name or name == "*" else "/" + name.casefold()))
+            self._protected = [(name, compile_glob(name.casefold() if "/" in name or name == "*"
+                                                   else "/" + name.casefold()))
                                for name in protected]
         except InvalidArguments as error:
             raise ConfigError(f"LUKHAS_MCP_PROTECTED_BRANCHES: {error.message}") from None
 
-    def prepare(self, message: str, *, add: Sequence[str] = (), signoff: bool = False, stage_all: bool = False,
+    def prepare(self, message: str, *, add: Sequence[str] = (), signoff: bool = False,
+                stage_all: bool = False,
                 branch: str | None = None) -> PreparedCommit:
         """A commit of the named files and folders as they are in the work tree, or of all.
 
@@ -13175,14 +13115,17 @@ class Commits:
         run = self._git.open()
         target = self._find_target(run, branch)
         with self._work_folder() as folder:
-            builder, hooks = TreeBuilder(run, folder, target.parent), CommitHooks(run, self._git.runs_hooks, folder)
-            skipped = builder.add([] if stage_all else named, add=add, with_staged=stage_all and target.is_checked_out)
+            builder = TreeBuilder(run, folder, target.parent)
+            hooks = CommitHooks(run, self._git.runs_hooks, folder)
+            skipped = builder.add([] if stage_all else named, add=add,
+                                  with_staged=stage_all and target.is_checked_out)
             hooks.run("pre-commit")
-            left_out = f": left out {_shown_list(skipped)}" if skipped else ", the files are as in the last commit"
-            base, tree = builder.write_tree(f"nothing to commit{left_out}")
+            why = f": left out {_shown_list(skipped)}" if skipped else ", the files are as in the last commit"
+            base, tree = builder.write_tree(f"nothing to commit{why}")
             author, warnings = _author(run)
             text = hooks.edit_message(_signed(text, author) if signoff else text)
-            return _prepare(run, builder, target, (base, tree), text, author, message=message, skipped=tuple(skipped),
+            return _prepare(run, builder, target, (base, tree), text, author, message=message,
+                            skipped=tuple(skipped),
                             warnings=warnings, hooks=hooks.to_wire())
 
     def prepare_revert(self, commit: str, ref: str, reason: str) -> PreparedCommit:
@@ -13216,7 +13159,7 @@ class Commits:
             run.run_hook("post-commit", index=os.path.join(run.folder(), "index"))
 
     def decide(self, details: dict[str, Any]) -> str:
-        """What came of an intent whose end was never recorded: `new` or `old`; its lock is gone afterwards."""
+        """What came of an intent whose end was never recorded: `new` or `old`; its lock is gone then."""
         run = self._git.open()
         tip = run.find_commit(details["ref"])
         is_there = bool(tip) and _has_commit(run, tip, details["commit"])
@@ -13252,25 +13195,30 @@ class Commits:
         head = run.branch()
         ref = _check_branch(run, branch) if branch else head or "HEAD"
         short = ref.removeprefix("refs/heads/")
-        pattern = next((name for name, glob in self._protected if ref != "HEAD" and glob.matches(short.casefold())), None)
+        pattern = next((name for name, glob in self._protected if ref != "HEAD"
+                        and glob.matches(short.casefold())), None)
         if pattern:
-            raise Conflict(f"the branch {short} is protected (LUKHAS_MCP_PROTECTED_BRANCHES has {pattern}); commit to "
-                           "another one, with branch")
+            raise Conflict(f"the branch {short} is protected (LUKHAS_MCP_PROTECTED_BRANCHES has {pattern}); commit "
+                           "to another one, with branch")
         is_checked_out = ref in (head, "HEAD")
         if is_checked_out:
             _check_idle(run)
         elif ref in _other_checkouts(run):
-            raise Conflict(f"the branch {short} is checked out in another work tree; commit there, or to another branch")
+            raise Conflict(f"the branch {short} is checked out in another work tree; commit there, or to another "
+                           "branch")
         old = run.find_commit(ref) or ""
-        return _CommitTarget(ref, old, old or ("" if is_checked_out else run.find_commit("HEAD") or ""), is_checked_out)
+        return _CommitTarget(ref, old, old or ("" if is_checked_out else run.find_commit("HEAD") or ""),
+                             is_checked_out)
 
 
-def _prepare(run: GitRun, builder: TreeBuilder, target: _CommitTarget, trees: tuple[str, str], text: str, author: tuple[str, str],
+def _prepare(run: GitRun, builder: TreeBuilder, target: _CommitTarget, trees: tuple[str, str], text: str,
+             author: tuple[str, str],
              **more: Any) -> PreparedCommit:
     """Make the commit object, and the index that goes with it."""
     commit = _commit_tree(run, trees[1], target.parent, text, author)
     index = builder.next_index(*trees) if target.is_checked_out else None
-    return PreparedCommit(commit, target.ref, target.old, author="{} <{}>".format(*author), paths=builder.changed(*trees),
+    return PreparedCommit(commit, target.ref, target.old, author="{} <{}>".format(*author),
+                          paths=builder.changed(*trees),
                           index=index, **more)
 
 
@@ -13288,7 +13236,8 @@ def _author(run: GitRun) -> tuple[tuple[str, str], tuple[str, ...]]:
     """The configured author; without one the server itself, said in a warning."""
     if run.identity:
         return tuple(re.sub(r"[<>\n]", "", part).strip() for part in run.identity), ()
-    return _FALLBACK, ("no author is configured, so the server stands in; set git config user.name and user.email",)
+    return _FALLBACK, ("no author is configured, so the server stands in; set git config user.name and "
+                       "user.email",)
 
 
 def _check_branch(run: GitRun, branch: str) -> str:
@@ -13304,8 +13253,8 @@ def _check_idle(run: GitRun) -> None:
     """Whether nobody is in the middle of something. Raises Conflict."""
     found = run.under_way()
     if found in ("merge", "cherry-pick", "revert") or run.run("ls-files", "--unmerged").output:
-        raise Conflict(f"a {found or 'merge'} is under way in the work tree; finish or abort it by hand first, or commit "
-                       "to another branch, with branch")
+        raise Conflict(f"a {found or 'merge'} is under way in the work tree; finish or abort it by hand first, or "
+                       "commit to another branch, with branch")
     if os.path.exists(os.path.join(run.folder(), "index.lock")):
         raise index_busy()
 
@@ -13322,8 +13271,10 @@ def _has_commit(run: GitRun, tip: str, commit: str) -> bool:
 def _commit_tree(run: GitRun, tree: str, parent: str, message: str, author: tuple[str, str]) -> str:
     """The id of a new commit object; the message goes in by standard input, so it is never an option."""
     name, email = author
-    environ = {"GIT_AUTHOR_NAME": name, "GIT_AUTHOR_EMAIL": email, "GIT_COMMITTER_NAME": name, "GIT_COMMITTER_EMAIL": email}
-    return run.run("commit-tree", tree, *(["-p", parent] if parent else []), "-F", "-", given=message.encode("utf-8"),
+    environ = {"GIT_AUTHOR_NAME": name, "GIT_AUTHOR_EMAIL": email, "GIT_COMMITTER_NAME": name,
+               "GIT_COMMITTER_EMAIL": email}
+    return run.run("commit-tree", tree, *(["-p", parent] if parent else []), "-F", "-",
+                   given=message.encode("utf-8"),
                    environ=environ).line
 
 
@@ -13333,8 +13284,8 @@ def _move_ref(run: GitRun, prepared: PreparedCommit) -> None:
              prepared.old or "0" * len(prepared.commit))
     done = run.run(*words, ok=(0, 1, 128))
     if done.code and run.find_commit(prepared.ref) != prepared.commit:
-        raise Conflict(f"{prepared.branch or 'HEAD'} has moved on just now, or another git process holds it; nothing was "
-                       "committed, try again", detail=done.errors)
+        raise Conflict(f"{prepared.branch or 'HEAD'} has moved on just now, or another git process holds it; "
+                       "nothing was committed, try again", detail=done.errors)
 
 
 def _shown_list(names: Sequence[str]) -> str:
@@ -13348,7 +13299,202 @@ def _remove_abandoned_folder(path: str) -> None:
 
 
 # ==============================================================================
-# 49. Corpus -- which files there are to be found, and what they hold
+# 49. History -- what git says of the work tree and of commits, parsed, in pages, without secrets
+# uses: Errors, Paths, Git
+# ==============================================================================
+# Every question asks for the form that git promises to keep (porcelain, -z), and its answer is bounded:
+# a list by entries, a difference by lines. What must not be shown is left out by git itself, by its
+# path, so that no part of it is ever read here.
+
+
+_LISTING_BYTES = 8 * 2**20
+_PAGE_BYTES = 200_000
+_MAX_BODY = 4000
+_MAX_HIDDEN = 500
+_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--ignore-submodules=all",
+         "--submodule=short",
+         "--src-prefix=a/", "--dst-prefix=b/", "--find-renames")
+_NO_CHANGE = re.compile(rb"^diff --git .*\n(?=diff --git |\Z)", re.M)
+_LOG_FIELDS = ("commit", "parents", "author", "email", "date", "committer", "message")
+_LOG_FORMAT = "--format=tformat:" + "%x00".join(("%H", "%P", "%an", "%ae", "%aI", "%cn", "%B"))
+
+
+def read_status(run: GitRun, path: str, offset: int, limit: int) -> dict[str, Any]:
+    """Branch, commit and what differs from it, without the names of secret files.
+
+    items: path, index and worktree as git's letters (. is unchanged, ? untracked, U unmerged), `from`.
+    """
+    done = run.run("status", "--porcelain=v2", "-z", "--branch", "--untracked-files=normal",
+                   "--ignore-submodules=all",
+                   "--", *([path] if path else []), limit_bytes=_LISTING_BYTES)
+    heads, items = _parse_status(done.fields)
+    items = [item for item in items if _is_shown(run.root, item["path"])
+             and _is_shown(run.root, item.get("from", "x"))]
+    ahead, _, behind = heads.get("ab", "").partition(" ")
+    commit, branch = heads.get("oid"), heads.get("head")
+    page = items[offset:offset + limit]
+    is_more = done.is_cut or offset + limit < len(items)
+    return {"branch": None if branch == "(detached)" else branch,
+            "commit": None if commit == "(initial)" else commit,
+            "upstream": heads.get("upstream"), "ahead": int(ahead) if ahead else None,
+            "behind": -int(behind) if behind else None, "underWay": run.under_way(), "clean": not items,
+            "items": page, "total": None if done.is_cut else len(items), "truncated": is_more,
+            "nextOffset": offset + len(page) if is_more and page else None}
+
+
+def _parse_status(fields: list[str]) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """The headers and entries of porcelain v2 (git-status, Porcelain Format Version 2)."""
+    heads: dict[str, str] = {}
+    items: list[dict[str, str]] = []
+    rest = iter(fields)
+    for field_ in rest:
+        kind, _, text = field_.partition(" ")
+        if kind == "#":
+            name, _, value = text.removeprefix("branch.").partition(" ")
+            heads[name] = value
+        elif kind in ("1", "2", "u"):
+            words = text.split(" ", {"1": 7, "2": 8, "u": 9}[kind])
+            item = {"path": words[-1], "index": words[0][0], "worktree": words[0][1]}
+            items.append(item | ({"from": next(rest, "")} if kind == "2" else {}))
+        else:
+            items.append({"path": text, "index": "?", "worktree": "?"})
+    return heads, items
+
+
+def _is_shown(root: Root, path: str) -> bool:
+    """Whether a path may be named to a caller: no secret, nothing of git's or ours, proper Unicode."""
+    parts = path.rstrip("/").split("/")
+    return all(root.is_listed("/".join(parts[:depth]), parts[depth - 1])
+               for depth in range(1, len(parts) + 1))
+
+
+def read_log(run: GitRun, revision: str, path: str, offset: int, limit: int) -> dict[str, Any]:
+    """The commits that a revision is made of, newest first, or those that changed a path."""
+    if revision == "HEAD" and run.find_commit("HEAD") is None:
+        return {"commits": [], "truncated": False, "nextOffset": None}
+    commit = run.resolve(revision)
+    done = run.run("log", "-z", "--no-color", "--no-show-signature", _LOG_FORMAT, f"--skip={offset}",
+                   f"--max-count={limit + 1}", commit, "--", *([path] if path else []),
+                   limit_bytes=_LISTING_BYTES)
+    commits = _parse_log(done.output)
+    is_more = done.is_cut or len(commits) > limit
+    page = commits[:limit]
+    return {"commits": page, "truncated": is_more,
+            "nextOffset": offset + len(page) if is_more and page else None}
+
+
+def _parse_log(output: bytes) -> list[dict[str, Any]]:
+    values = [piece.decode("utf-8", "replace") for piece in output.split(b"\0")[:-1]]
+    rows = [values[at:at + len(_LOG_FIELDS)] for at in range(0, len(values), len(_LOG_FIELDS))]
+    return [_to_commit(dict(zip(_LOG_FIELDS, row))) for row in rows if len(row) == len(_LOG_FIELDS)]
+
+
+def _to_commit(row: dict[str, str]) -> dict[str, Any]:
+    subject, _, body = row.pop("message").strip().partition("\n")
+    is_long = len(body) > _MAX_BODY
+    return {**row, "parents": row["parents"].split(), "subject": subject[:1000],
+            "body": body.strip()[:_MAX_BODY] + "\u2026" * is_long}
+
+
+def read_diff(run: GitRun, old: str | None, new: str | None, *, path: str = "", is_staged: bool = False,
+              context: int = 3, offset: int = 0, limit: int = 400) -> dict[str, Any]:
+    """The differences between two commits, or from one to what is staged or in the work tree.
+
+    `old` and `new` are ids; no `old` is the empty tree. files: path, status, added, removed (null in a
+    binary file), `from`. diff: `limit` lines from `offset` on; secret files are left out and counted.
+    """
+    old = old or run.empty_tree()
+    ends = [old, new] if new else ["--cached", old] if is_staged else [old]
+    magic = {"GIT_LITERAL_PATHSPECS": "0"}
+    wanted = [f":(top,literal){path}"] if path else []
+    listed = run.run(*_DIFF, "--raw", "--numstat", "-z", *ends, "--", *wanted, environ=magic,
+                     limit_bytes=_LISTING_BYTES)
+    if listed.is_cut:
+        raise Conflict("the difference has too many files for one answer; give a path")
+    files = _parse_changes(listed.fields)
+    hidden = {name for one in files for name in (one["path"], one.get("from", "x"))
+              if not _is_shown(run.root, name)}
+    if len(hidden) > _MAX_HIDDEN:
+        raise Conflict(f"the difference has {len(hidden)} files that must not be shown; give a path")
+    shown = [one for one in files if one["path"] not in hidden and one.get("from") not in hidden]
+    left_out = [f":(top,exclude,literal){name}" for name in sorted(hidden)]
+    done = run.run(*_DIFF, f"--unified={context}", *ends, "--", *(wanted or [":(top)"]), *left_out,
+                   environ=magic)
+    page = _page_lines(_NO_CHANGE.sub(b"", done.output), done.is_cut, offset, limit)
+    return {"files": shown[:300], "filesTotal": len(shown), "hidden": len(files) - len(shown),
+            "added": sum(one.get("added") or 0 for one in shown),
+            "removed": sum(one.get("removed") or 0 for one in shown), **page}
+
+
+def _parse_changes(fields: list[str]) -> list[dict[str, Any]]:
+    """The entries of `--raw --numstat -z`: first every raw one, then the counts in the same order.
+
+    What has no counts has only been touched: git would find that out by writing the index, which a reader
+    must not.
+    """
+    files: dict[str, dict[str, Any]] = {}
+    rest = iter(fields)
+    for text in rest:
+        if text.startswith(":"):
+            status = text.rpartition(" ")[2]
+            source = {"from": next(rest, "")} if status[0] in "RC" else {}
+            name = next(rest, "")
+            files[name] = {"path": name, "status": status[0], **source}
+            continue
+        added, removed, name = text.split("\t", 2)
+        if not name:
+            next(rest, "")
+            name = next(rest, "")
+        if name in files:
+            files[name] |= {"added": None if added == "-" else int(added),
+                            "removed": None if added == "-" else int(removed)}
+    return [one for one in files.values() if "added" in one or one["status"] == "U"]
+
+
+def _page_lines(content: bytes, is_cut: bool, offset: int, limit: int) -> dict[str, Any]:
+    """Some lines of a text, and where to read on."""
+    lines = content.split(b"\n")
+    lines = lines[:-1] if is_cut or not lines[-1] else lines  # a line that was cut through is none
+    page, size = [], 0
+    for line in lines[offset:offset + limit]:
+        size += len(line) + 1
+        if size > _PAGE_BYTES and page:
+            break
+        page.append(line[:_PAGE_BYTES])
+    end = offset + len(page)
+    is_more = is_cut or end < len(lines)
+    return {"diff": b"".join(line + b"\n" for line in page).decode("utf-8", "replace"), "truncated": is_more,
+            "lines": None if is_cut else len(lines), "nextOffset": end if end < len(lines) else None}
+
+
+def read_commit(run: GitRun, revision: str, **page: Any) -> dict[str, Any]:
+    """One commit with its difference from its first parent."""
+    commit = run.resolve(revision)
+    head = _parse_log(run.run("log", "-z", "--no-color", "--no-show-signature", _LOG_FORMAT, "--max-count=1",
+                              commit).output)
+    parents = head[0]["parents"]
+    return {**head[0], **read_diff(run, parents[0] if parents else None, commit, **page)}
+
+
+def read_old_file(run: GitRun, revision: str, rel: str) -> tuple[str, bytes]:
+    """The commit that was meant, and the bytes of a file as they were in it. Raises NotFound, Conflict."""
+    commit = run.resolve(revision)
+    entry = run.run("ls-tree", "-z", "--long", commit, "--", rel).fields
+    if not entry:
+        raise NotFound(f"{rel} is not in {commit[:12]}; git_log with a path lists what changed it")
+    mode, kind, blob, size = entry[0].partition("\t")[0].split()
+    if mode not in ("100644", "100755", "100664"):
+        raise Conflict(f"Not a regular file in {commit[:12]}: {rel} ({kind}, mode {mode})")
+    if not size.isdigit():
+        raise Unavailable(f"{rel} as it was in {commit[:12]} is not in this partial clone, and this server "
+                          "fetches nothing")
+    if int(size) > MAX_GIT_BYTES:
+        raise Conflict(f"{rel} has {size} bytes in {commit[:12]}; tools take files up to {MAX_GIT_BYTES}")
+    return commit, run.run("cat-file", "blob", blob).output
+
+
+# ==============================================================================
+# 50. Corpus -- which files there are to be found, and what they hold
 # uses: Errors, Glob, Paths, Git
 # owns: files
 # ==============================================================================
@@ -13416,16 +13562,14 @@ class Corpus:
         return not any(path == one or path.startswith((one + "-", one + ".", one + "/")) for one in self._own)
 
     def read(self, path: str) -> Document | None:
-        """A document with the whole of its text, or without any if it is too long; None for what is none."""
+        """An open path's document with the whole text, or without one if it is too long; None for what is none."""
         return self._read(path, _MAX_INDEXED_BYTES, is_whole=True)
 
     def read_begin(self, path: str, max_bytes: int) -> Document | None:
         """A document with as much of its text as `max_bytes` hold, however long the file is."""
-        return self._read(path, max_bytes, is_whole=False)
+        return self._read(path, max_bytes, is_whole=False) if self.is_open(path) else None
 
     def _read(self, path: str, max_bytes: int, *, is_whole: bool) -> Document | None:
-        if not self.is_open(path):
-            return None
         try:
             with self.root.open_file(path) as (descriptor, status):
                 is_left_out = is_whole and status.st_size > max_bytes
@@ -13525,7 +13669,7 @@ def _is_git_ignored(path: str, is_folder: bool, rules: tuple[_IgnoreRule, ...]) 
 
 
 # ==============================================================================
-# 50. Survey -- figures of the repository, counted from its files
+# 51. Survey -- figures of the repository, counted from its files
 # uses: Ground, Errors, Corpus, Git
 # ==============================================================================
 # Every figure is a count of something that is there, with the place where it was seen; nothing is
@@ -13539,13 +13683,16 @@ _MAX_EVIDENCE = 50
 _MAX_LINE = 160
 
 _LANGUAGES = {suffix: name for name, suffixes in {
-    "Python": "py pyi", "JavaScript": "js mjs cjs jsx", "TypeScript": "ts tsx mts cts", "Go": "go", "Rust": "rs",
+    "Python": "py pyi", "JavaScript": "js mjs cjs jsx", "TypeScript": "ts tsx mts cts", "Go": "go",
+    "Rust": "rs",
     "Java": "java", "Kotlin": "kt kts", "Scala": "scala", "C": "c h", "C++": "cc cpp cxx hpp hh", "C#": "cs",
-    "Swift": "swift", "Ruby": "rb", "PHP": "php", "Shell": "sh bash", "Lua": "lua", "Elixir": "ex exs", "R": "r",
+    "Swift": "swift", "Ruby": "rb", "PHP": "php", "Shell": "sh bash", "Lua": "lua", "Elixir": "ex exs",
+    "R": "r",
 }.items() for suffix in suffixes.split()}
 #: Where tests are, and how one begins: a parametrised test counts once.
 _TEST_KINDS = (
-    (re.compile(r"(^|/)(test_[^/]*|[^/]*_test)\.py$"), re.compile(r"^[ \t]*(?:async[ \t]+)?def[ \t]+test", re.M)),
+    (re.compile(r"(^|/)(test_[^/]*|[^/]*_test)\.py$"),
+     re.compile(r"^[ \t]*(?:async[ \t]+)?def[ \t]+test", re.M)),
     (re.compile(r"\.(test|spec)\.[cm]?[jt]sx?$"), re.compile(r"^[ \t]*(?:it|test)(?:\.\w+)*\(", re.M)),
     (re.compile(r"_test\.go$"), re.compile(r"^func Test\w*\(", re.M)),
     (re.compile(r"\.rs$"), re.compile(r"^[ \t]*#\[(?:\w+::)?test\b", re.M)),
@@ -13553,22 +13700,29 @@ _TEST_KINDS = (
 )
 _IMPORT = re.compile(r"^(?:from[ \t]+([A-Za-z_][\w.]*)[ \t]+import\b|import[ \t]+([A-Za-z_][\w.]*))", re.M)
 #: (topic, what it is, where it is, the line that shows it or None for the first one)
-_SIGNS = tuple((topic, name, re.compile(path), line and re.compile(line, re.M)) for topic, name, path, line in (
+_SIGNS = tuple((topic, name, re.compile(path), line and re.compile(line, re.M)) for topic, name, path,
+               line in (
     ("infrastructure", "Dockerfile", r"(^|/)(Dockerfile(\.[\w-]+)?|[\w.-]+\.dockerfile)$", r"^FROM .+"),
     ("infrastructure", "Compose file", r"(^|/)(docker-)?compose[\w.-]*\.ya?ml$", r"^services:"),
     ("infrastructure", "GitHub workflow", r"^\.github/workflows/[^/]+\.ya?ml$", r"^jobs:"),
     ("infrastructure", "GitLab pipeline", r"^\.gitlab-ci\.yml$", None),
     ("infrastructure", "Jenkinsfile", r"(^|/)Jenkinsfile$", None),
     ("infrastructure", "Helm chart", r"(^|/)Chart\.ya?ml$", r"^name:.+"),
-    ("infrastructure", "Kubernetes manifest", r"\.ya?ml$", r"^kind: *(Deployment|StatefulSet|DaemonSet|Service|Ingress|"
+    ("infrastructure", "Kubernetes manifest", r"\.ya?ml$",
+     r"^kind: *(Deployment|StatefulSet|DaemonSet|Service|Ingress|"
      r"ConfigMap|CronJob|Job|Rollout|Kustomization|Namespace)\b"),
     ("infrastructure", "Terraform", r"\.tf$", r"^(resource|module|provider)\b.*"),
     ("testing", "pytest", r"(^|/)(pytest\.ini|conftest\.py)$", None),
-    ("testing", "pytest", r"(^|/)(pyproject\.toml|setup\.cfg|tox\.ini)$", r"^\[(tool\.pytest|tool:pytest|pytest)\b.*"),
-    ("testing", "jest", r"(^|/)jest\.config\.\w+$", None), ("testing", "vitest", r"(^|/)vitest\.config\.\w+$", None),
-    ("testing", "go test", r"_test\.go$", r"^func Test\w*"), ("testing", "cargo test", r"(^|/)Cargo\.toml$", r"^\[package\]"),
-    ("linting", "ruff", r"(^|/)\.?ruff\.toml$", None), ("linting", "ruff", r"(^|/)pyproject\.toml$", r"^\[tool\.ruff\b.*"),
-    ("linting", "flake8", r"(^|/)\.flake8$", None), ("linting", "flake8", r"(^|/)(setup\.cfg|tox\.ini)$", r"^\[flake8\]"),
+    ("testing", "pytest", r"(^|/)(pyproject\.toml|setup\.cfg|tox\.ini)$",
+     r"^\[(tool\.pytest|tool:pytest|pytest)\b.*"),
+    ("testing", "jest", r"(^|/)jest\.config\.\w+$", None),
+    ("testing", "vitest", r"(^|/)vitest\.config\.\w+$", None),
+    ("testing", "go test", r"_test\.go$", r"^func Test\w*"),
+    ("testing", "cargo test", r"(^|/)Cargo\.toml$", r"^\[package\]"),
+    ("linting", "ruff", r"(^|/)\.?ruff\.toml$", None),
+    ("linting", "ruff", r"(^|/)pyproject\.toml$", r"^\[tool\.ruff\b.*"),
+    ("linting", "flake8", r"(^|/)\.flake8$", None),
+    ("linting", "flake8", r"(^|/)(setup\.cfg|tox\.ini)$", r"^\[flake8\]"),
     ("linting", "pylint", r"(^|/)\.?pylintrc$", None),
     ("linting", "pylint", r"(^|/)pyproject\.toml$", r"^\[tool\.pylint\b.*"),
     ("linting", "eslint", r"(^|/)(eslint\.config\.\w+|\.eslintrc(\.\w+)?)$", None),
@@ -13649,11 +13803,12 @@ class Figures:
         for name, count in self.imported.items():
             if name in own:
                 counts[own[name]] += count
-        return [{"path": path, "imports": count} for path, count in counts.most_common(limit)]
+        return [{"path": path, "importedBy": count} for path, count in counts.most_common(limit)]
 
     def to_wire(self) -> dict[str, Any]:
         """When and from what it was computed."""
-        return {"computedAt": utc_text(self.at_s), "computedInMs": round(self.took_s * 1000), "commit": self.commit,
+        return {"computedAt": utc_text(self.at_s), "computedInMs": round(self.took_s * 1000),
+                "commit": self.commit,
                 "filesRead": self.read, "complete": self.is_complete}
 
 
@@ -13678,7 +13833,8 @@ class Survey:
     def _count(self) -> Figures:
         begun_s = self._clock.monotonic_s()
         figures = Figures(self._clock.now_s(), self._find_commit())
-        present = list(self._corpus.look(path for path in self._corpus.list_paths() if self._corpus.is_open(path)))
+        present = list(self._corpus.look(path for path in self._corpus.list_paths()
+                                         if self._corpus.is_open(path)))
         figures.files, figures.size = len(present), sum(size for _, _, size in present)
         figures.largest = sorted(((size, path) for path, _, size in present), reverse=True)[:10]
         figures.sources = [path for path, _, _ in present if _language(path)]
@@ -13702,7 +13858,8 @@ class Survey:
 
 
 def _language(path: str) -> str | None:
-    return _LANGUAGES.get(path.rpartition("/")[2].rpartition(".")[2].lower()) if "." in path.rpartition("/")[2] else None
+    _, dot, suffix = path.rpartition("/")[2].rpartition(".")
+    return _LANGUAGES.get(suffix.lower()) if dot else None
 
 
 def _count_document(figures: Figures, path: str, text: str | None) -> None:
@@ -13751,7 +13908,7 @@ def _module_names(path: str) -> tuple[str, ...]:
 
 
 # ==============================================================================
-# 51. Index -- the full-text index: one SQLite file that can be made again at any time
+# 52. Index -- the full-text index: one SQLite file that can be made again at any time
 # uses: Ground, Errors, Query, Corpus
 # owns: database, files
 # ==============================================================================
@@ -14107,7 +14264,7 @@ class IndexReader:
 
 
 # ==============================================================================
-# 52. Finder -- searching: the index read here, made and kept fresh by a process of its own
+# 53. Finder -- searching: the index read here, made and kept fresh by a process of its own
 # uses: Ground, Errors, Children, Paths, Query, Git, Corpus, Index
 # owns: processes, files, database
 # ==============================================================================
@@ -14508,8 +14665,6 @@ def run_indexer(orders: BinaryIO, reports: BinaryIO, clock: Clock) -> int:
     writer = IndexWriter(corpus, setup["folder"], lambda done, files: tell(state="building", done=done, files=files), clock)
     works: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_read_orders, args=(orders, works, writer), daemon=True).start()
-    with contextlib.suppress(OSError):
-        os.nice(5)
     try:
         try:
             _serve_orders(writer, works, tell, clock)
@@ -14541,6 +14696,8 @@ def _serve_orders(writer: IndexWriter, works: queue.SimpleQueue[dict[str, Any] |
         _build_index(writer, tell, clock)
         if writer.count() > _SMALL_FILES:
             return
+    with contextlib.suppress(OSError):
+        os.nice(5)  # keeping an index fresh may wait for others; making one may not
     writer.sweep()
     tell(state="ready", path=writer.path, files=writer.count())
     while (work := works.get()) is not None:
@@ -14568,7 +14725,7 @@ def _build_index(writer: IndexWriter, tell: Callable[..., None], clock: Clock) -
 
 
 # ==============================================================================
-# 53. Metrics -- counters and histograms in the Prometheus text format
+# 54. Metrics -- counters and histograms in the Prometheus text format
 # uses: nothing
 # pure
 # ==============================================================================
@@ -14644,7 +14801,7 @@ def _braced(labels: str) -> str:
 
 
 # ==============================================================================
-# 54. Exchange -- the client behind one request: what it can do, what it hears before the answer
+# 55. Exchange -- the client behind one request: what it can do, what it hears before the answer
 # uses: Ground, Errors, Schema
 # ==============================================================================
 # A handler talks to its client by four words: progress, log, ask, interruptible. Most clients hear
@@ -14901,7 +15058,7 @@ def _digest_call(who: str, call: list[Any]) -> str:
 
 
 # ==============================================================================
-# 55. Sessions -- clients with a handshake, and whoever listens to changes of resources
+# 56. Sessions -- clients with a handshake, and whoever listens to changes of resources
 # uses: Ground, Errors, Vocabulary, Access, Exchange
 # ==============================================================================
 # A session is a convenience of the legacy eras and no proof of anything: it belongs to the key that
@@ -15162,7 +15319,7 @@ class Sessions:
 
 
 # ==============================================================================
-# 56. Toolkit -- what a tool is, and the one way to call it
+# 57. Toolkit -- what a tool is, and the one way to call it
 # uses: Ground, Errors, Vocabulary, Config, Plan, Schema, Access, Store, Broker, Brakes, Actuation, Canary, Hooks, Embedded, Jobs, Repository, Git, Commits, Survey, Finder, Metrics, Exchange, Sessions
 # ==============================================================================
 # A tool is declared once, by `@tool`; its listing, the check of its arguments, its role, its audit
@@ -15244,6 +15401,7 @@ class Call:
     tool: Tool
     client: Exchange = SILENT
     warnings: list[str] = field(default_factory=list)
+    is_confirmed: bool = False  # the person at the client agreed
     audit_id: int | None = None  # of what it changed, for undo_change
 
     def get(self, name: str) -> Any:
@@ -15259,6 +15417,17 @@ class Call:
         """The arguments as the audit holds them: contents as size and hash, long texts cut."""
         return {key: _abridged(value, is_content=key in _CONTENTS) for key, value in self.arguments.items()
                 if key in self.tool.properties}
+
+
+async def confirm(call: Call, sentence: str) -> None:
+    """Ask the person at the client whether this may be done. Raises Conflict when they do not agree.
+
+    For changes only, and before them: a client of 2026-07-28 makes the whole call again with the answer.
+    """
+    said = (await call.client.ask({"confirm": elicit(sentence, confirm=boolean("Yes, do it."))}))["confirm"]
+    if said["action"] != "accept" or said["content"]["confirm"] is not True:
+        raise Conflict(f"the person at the client did not agree ({said['action']}); nothing was changed")
+    call.is_confirmed = True
 
 
 _CONTENTS = ("contents", "content", "patch")
@@ -15546,7 +15715,7 @@ class ReadLog:
 
 
 # ==============================================================================
-# 57. SearchTools -- one search over files and operations, and operations as documents
+# 58. SearchTools -- one search over files and operations, and operations as documents
 # uses: Errors, Vocabulary, Chain, Schema, Store, Contents, Query, Finder, Toolkit
 # ==============================================================================
 # `search` and `fetch` have the shape that ChatGPT asks of every server: one text item, the same document
@@ -15775,7 +15944,7 @@ def describe_gap(state: IndexState) -> str:
 
 
 # ==============================================================================
-# 58. Works -- what goes on behind an answer: evals and canaries, waited for or taken as tasks
+# 59. Works -- what goes on behind an answer: evals and canaries, waited for or taken as tasks
 # uses: Ground, Vocabulary, Exchange, Sessions, Toolkit
 # ==============================================================================
 # The row in the database is the work, whoever waits for it: a task is found again after a restart,
@@ -15907,7 +16076,7 @@ def to_task(state: WorkState, *, is_full: bool = False) -> dict[str, Any]:
 
 
 # ==============================================================================
-# 59. FileTools -- the repository as tools: read, list, find, write
+# 60. FileTools -- the repository as tools: read, list, find, write
 # uses: Ground, Errors, Vocabulary, Schema, Store, Contents, Repository, Toolkit, SearchTools
 # ==============================================================================
 # A change is told before it happens and after: the intent is committed, the bytes change, the row
@@ -16163,8 +16332,8 @@ async def tool_createFile(services: Services, call: Call) -> dict[str, Any] | To
 
 
 # ==============================================================================
-# 60. GitTools -- patches, commits, the repository's history, and figures of it, as tools
-# uses: Ground, Errors, Vocabulary, Schema, Store, Contents, Git, Commits, Survey, Toolkit, FileTools
+# 61. GitTools -- patches, commits, the repository's history, and figures of it, as tools
+# uses: Ground, Errors, Vocabulary, Schema, Store, Contents, Commits, History, Survey, Toolkit, FileTools
 # ==============================================================================
 # A commit is told like a change of a file: the intent with its id is on record before the branch moves,
 # and what came of it before the caller is answered. What git and files say is foreign text, and the
@@ -16178,32 +16347,38 @@ _MAYBE_NUMBER = anything("", "integer", "null")
 _PAGED = {"truncated": boolean(), "nextOffset": _MAYBE_NUMBER}
 _COMMIT = dict(commit=string(), parents=array(string()), author=string(), email=string(), date=string(),
                committer=string(), subject=string(), body=string())
-_DIFFERENCE = dict(files=array(mapping("path, status, added, removed, from.")), filesTotal=integer(), added=integer(),
+_DIFFERENCE = dict(files=array(mapping("path, status, added, removed, from.")), filesTotal=integer(),
+                   added=integer(),
                    removed=integer(), hidden=integer("How many secret files were left out."), diff=string(),
                    lines=_MAYBE_NUMBER, **_PAGED)
 
 
 @tool("apply_patch", title="Apply a patch", hints=OVERWRITES, role="operator", level="changes",
       arguments=shape(("path", "patch", "expectSha256"), path=PATH,
-                      patch=string("A unified diff of this one file. The context decides, line numbers are hints."),
-                      expectSha256=string("The sha256 that the file must have now; empty for a new file.", max_length=64),
+                      patch=string("A unified diff of this one file; the context decides, line numbers are hints."),
+                      expectSha256=string("The sha256 that the file must have now; empty for a new file.",
+                                          max_length=64),
                       allowCreate=boolean("Make the file if it is not there.", default=False),
                       dryRun=boolean("Only tell what would come of it.", default=False)),
       output=shape(("path", "bytesWritten", "sha256", "created"), path=string(), bytesWritten=integer(),
                    previousSha256=_MAYBE_TEXT, sha256=string(), created=boolean(), dryRun=boolean(),
-                   diffstat=mapping("added, removed, hunks."), notes=array(string()), warnings=array(string())),
-      examples=({"path": "README.md", "patch": "@@ -1 +1 @@\n-old\n+new\n", "expectSha256": "0" * 64, "dryRun": True},))
+                   diffstat=mapping("added, removed, hunks."), notes=array(string()),
+                   warnings=array(string())),
+      examples=({"path": "README.md", "patch": "@@ -1 +1 @@\n-old\n+new\n", "expectSha256": "0" * 64,
+                 "dryRun": True},))
 async def tool_apply_patch(services: Services, call: Call) -> dict[str, Any]:
     """Change a text file by a unified diff: exact context, all of it or nothing.
 
     A refusal says which hunk, where it would nearly fit, what stands there, and the file's sha256.
     """
     change, result = await in_thread(services.repository.prepare_patch, call.get("path"), call.get("patch"),
-                                     expect_sha256=call.get("expectSha256"), allow_create=call.get("allowCreate"))
+                                     expect_sha256=call.get("expectSha256"),
+                                     allow_create=call.get("allowCreate"))
     if not call.get("dryRun"):
         await change_file(services, call, change)
     return {"path": change.rel, "bytesWritten": 0 if call.get("dryRun") else change.size,
-            "previousSha256": change.old_sha256, "sha256": change.new_sha256, "created": change.old_sha256 is None,
+            "previousSha256": change.old_sha256, "sha256": change.new_sha256,
+            "created": change.old_sha256 is None,
             "dryRun": call.get("dryRun"), "size": change.size,
             "diffstat": {"added": result.added, "removed": result.removed, "hunks": result.hunks},
             "notes": list(result.notes)}
@@ -16211,7 +16386,8 @@ async def tool_apply_patch(services: Services, call: Call) -> dict[str, Any]:
 
 @tool("git_commit", title="Commit", hints=WRITES, role="operator", level="changes",
       arguments=shape(("message",), message=string("What was changed and why.", max_length=65536),
-                      add=array(string(max_length=4096), "Files and folders to commit, and nothing else.", 1000),
+                      add=array(string(max_length=4096), "Files and folders to commit, and nothing else.",
+                                1000),
                       signoff=boolean("Add a Signed-off-by line.", default=False),
                       stageAll=boolean("Commit everything that is not ignored, what others have staged too.",
                                        default=False),
@@ -16250,7 +16426,8 @@ async def make_commit(services: Services, call: Call, prepared: PreparedCommit, 
     ids = (prepared.commit, *([f"audit:{undoes}"] if undoes else []))
 
     def begin(tx: Transaction) -> int:
-        message = f"{call.actor.name} is about to commit {len(prepared.paths)} file(s) to {prepared.branch or 'HEAD'}"
+        message = (f"{call.actor.name} is about to commit {len(prepared.paths)} file(s) to "
+                   f"{prepared.branch or 'HEAD'}")
         audit_id = tx.record(call.record(ids, message, {**details, "phase": "intent"}, "file"))
         tx.open_intent(audit_id, details)
         return audit_id
@@ -16261,7 +16438,8 @@ async def make_commit(services: Services, call: Call, prepared: PreparedCommit, 
         # A time limit may have struck after the branch had moved.
         if await in_thread(services.commits.decide, details) == "old":
             word = error.word
-            await services.store.write(lambda tx: end_commit(tx, call.actor, audit_id, details, "refused", word))
+            await services.store.write(lambda tx: end_commit(tx, call.actor, audit_id, details, "refused",
+                                                             word))
             raise
     await services.store.write(lambda tx: end_commit(tx, call.actor, audit_id, details, "done", None))
     call.audit_id = audit_id
@@ -16271,10 +16449,13 @@ async def make_commit(services: Services, call: Call, prepared: PreparedCommit, 
 def end_commit(tx: Transaction, actor: Actor, audit_id: int, details: Mapping[str, Any], outcome: str,
                reason: str | None) -> None:
     """Record what came of the intent to commit."""
-    message = f"commit {details['commit'][:12]} to {details['branch'] or 'HEAD'}: {outcome}" + (f" ({reason})" if reason else "")
+    why = f" ({reason})" if reason else ""
+    message = f"commit {details['commit'][:12]} to {details['branch'] or 'HEAD'}: {outcome}{why}"
     more = {"phase": outcome, "intent": audit_id, **({"reason": reason} if reason else {})}
-    named = {key: details[key] for key in ("kind", "commit", "branch", "ref", "old", "paths", "undoes") if key in details}
-    tx.record(AuditRecord(actor, "file_commit", (details["commit"],), message, {**named, **more}, kind="file"))
+    named = {key: details[key] for key in ("kind", "commit", "branch", "ref", "old", "paths", "undoes")
+             if key in details}
+    tx.record(AuditRecord(actor, "file_commit", (details["commit"],), message, {**named, **more},
+                          kind="file"))
     tx.close_intent(audit_id)
 
 
@@ -16300,19 +16481,23 @@ def relative_folder(services: Services, path: str | None) -> str:
 
 
 @tool("git_status", title="Git status", level="access",
-      arguments=shape(path=string("Only below this path.", max_length=4096), limit=integer("How many.", 1, 1000, 200),
+      arguments=shape(path=string("Only below this path.", max_length=4096),
+                      limit=integer("How many.", 1, 1000, 200),
                       offset=_OFFSET),
-      output=shape(("branch", "commit", "clean", "items"), branch=_MAYBE_TEXT, commit=_MAYBE_TEXT, upstream=_MAYBE_TEXT,
+      output=shape(("branch", "commit", "clean", "items"), branch=_MAYBE_TEXT, commit=_MAYBE_TEXT,
+                   upstream=_MAYBE_TEXT,
                    ahead=_MAYBE_NUMBER, behind=_MAYBE_NUMBER, underWay=_MAYBE_TEXT, clean=boolean(),
                    items=array(mapping("path, index, worktree, from.")), total=_MAYBE_NUMBER, **_PAGED),
       examples=({},))
 async def tool_git_status(services: Services, call: Call) -> ToolResult:
     """Tell the branch, and which files differ from the last commit.
 
-    index and worktree are git's letters: . unchanged, M modified, A added, D deleted, R renamed, ? untracked, U unmerged.
+    index and worktree are git's letters: . unchanged, M modified, A added, D deleted, R renamed, ? untracked,
+    U unmerged.
     """
     path = relative_folder(services, call.get("path"))
-    found = await in_thread(lambda: read_status(services.git.open(), path, call.get("offset"), call.get("limit")))
+    found = await in_thread(lambda: read_status(services.git.open(), path, call.get("offset"),
+                                                call.get("limit")))
     return ToolResult(found, is_untrusted=True)
 
 
@@ -16321,19 +16506,21 @@ async def tool_git_status(services: Services, call: Call) -> ToolResult:
                       **{"from": string(_REVISION_TEXT + " Default: HEAD.", max_length=200),
                          "to": string(_REVISION_TEXT + " Default: the work tree.", max_length=200)},
                       staged=boolean("What is staged, instead of the work tree.", default=False),
-                      context=integer("Lines around a change.", 0, 20, 3), limit=integer("Lines of diff.", 1, 5000, 400),
+                      context=integer("Lines around a change.", 0, 20, 3),
+                      limit=integer("Lines of diff.", 1, 5000, 400),
                       offset=_OFFSET),
       output=shape(("files", "diff"), **_DIFFERENCE), examples=({}, {"from": "HEAD~1", "to": "HEAD"}))
 async def tool_git_diff(services: Services, call: Call) -> ToolResult:
-    """Show what differs between two revisions, or from one to the work tree (untracked files are in git_status).
+    """Show what differs between two revisions, or from one to the work tree.
 
-    Secret files are left out and counted.
+    Untracked files are in git_status. Secret files are left out and counted.
     """
     def work() -> dict[str, Any]:
         run = services.git.open()
         old = run.resolve(call.get("from")) if call.get("from") else run.find_commit("HEAD")
         new = run.resolve(call.get("to")) if call.get("to") else None
-        return read_diff(run, old, new, path=relative_folder(services, call.get("path")), is_staged=call.get("staged"),
+        return read_diff(run, old, new, path=relative_folder(services, call.get("path")),
+                         is_staged=call.get("staged"),
                          context=call.get("context"), offset=call.get("offset"), limit=call.get("limit"))
     if call.get("to") and call.get("staged"):
         raise InvalidArguments("to and staged don't go together; give one of them")
@@ -16344,12 +16531,14 @@ async def tool_git_diff(services: Services, call: Call) -> ToolResult:
       arguments=shape(revision=string(_REVISION_TEXT, default="HEAD", max_length=200),
                       path=string("Only commits that changed this path.", max_length=4096),
                       limit=integer("How many.", 1, 200, 20), offset=_OFFSET),
-      output=shape(("commits",), commits=array(mapping("commit, parents, author, email, date, subject, body.")), **_PAGED),
+      output=shape(("commits",), commits=array(mapping("commit, parents, author, email, date, subject, body.")),
+                   **_PAGED),
       examples=({"limit": 5},))
 async def tool_git_log(services: Services, call: Call) -> ToolResult:
     """List the commits of a revision, newest first, or those that changed a path."""
     path = relative_folder(services, call.get("path"))
-    found = await in_thread(lambda: read_log(services.git.open(), call.get("revision"), path, call.get("offset"),
+    found = await in_thread(lambda: read_log(services.git.open(), call.get("revision"), path,
+                                             call.get("offset"),
                                              call.get("limit")))
     return ToolResult(found, is_untrusted=True)
 
@@ -16357,8 +16546,10 @@ async def tool_git_log(services: Services, call: Call) -> ToolResult:
 @tool("git_show", title="Git show", level="access",
       arguments=shape(("commit",), commit=string(_REVISION_TEXT, min_length=1, max_length=200),
                       path=string("Only below this path.", max_length=4096),
-                      contents=boolean("The file at path as it was then, instead of the diff.", default=False),
-                      context=integer("Lines around a change.", 0, 20, 3), limit=integer("Lines.", 1, 5000, 400),
+                      contents=boolean("The file at path as it was then, instead of the diff.",
+                                       default=False),
+                      context=integer("Lines around a change.", 0, 20, 3),
+                      limit=integer("Lines.", 1, 5000, 400),
                       offset=_OFFSET),
       output=shape(("commit",), **_COMMIT, **_DIFFERENCE, path=string(), text=string(), sha256=string()),
       examples=({"commit": "HEAD"},))
@@ -16366,7 +16557,8 @@ async def tool_git_show(services: Services, call: Call) -> ToolResult:
     """Show a commit with its difference from its first parent, or a file as it was in it."""
     page = {"offset": call.get("offset"), "limit": call.get("limit")}
     if call.get("contents"):
-        return ToolResult(await in_thread(show_old_file, services, call.get("commit"), call.get("path") or "", **page),
+        return ToolResult(await in_thread(show_old_file, services, call.get("commit"), call.get("path") or "",
+                                          **page),
                           is_untrusted=True)
     path = relative_folder(services, call.get("path"))
     found = await in_thread(lambda: read_commit(services.git.open(), call.get("commit"), path=path,
@@ -16389,13 +16581,16 @@ def show_old_file(services: Services, revision: str, path: str, *, offset: int, 
 
 
 _HOW = mapping("How each figure was computed.")
-_COMPUTED = dict(timestamp=string(), quality_standard=_MAYBE_TEXT, how=_HOW, computedAt=string(), computedInMs=integer(),
-                 commit=_MAYBE_TEXT, filesRead=integer(), complete=boolean("Whether every file was read in time."))
+_COMPUTED = dict(timestamp=string(), quality_standard=_MAYBE_TEXT, how=_HOW, computedAt=string(),
+                 computedInMs=integer(),
+                 commit=_MAYBE_TEXT, filesRead=integer(),
+                 complete=boolean("Whether every file was read in time."))
 _NO_STANDARD = "null: no standard is declared anywhere that this server could measure against"
 _COUNTED = "of the files that git tracks or that are not ignored, without secrets and this server's own"
 
 
-def to_figures(services: Services, figures: Figures, document: dict[str, Any], how: dict[str, str]) -> dict[str, Any]:
+def to_figures(services: Services, figures: Figures, document: dict[str, Any],
+               how: dict[str, str]) -> dict[str, Any]:
     """What the four answers share: when and how it was computed, and what nobody can know."""
     return {**document, "timestamp": utc_text(services.clock.now_s()), "quality_standard": None,
             "how": how | {"quality_standard": _NO_STANDARD}, **figures.to_wire()}
@@ -16404,19 +16599,23 @@ def to_figures(services: Services, figures: Figures, document: dict[str, Any], h
 @tool("get_infrastructure_status", title="Infrastructure", level="access", arguments=shape(),
       output=shape(("status", "total_tests", "infrastructure"), status=string(), total_tests=_MAYBE_NUMBER,
                    infrastructure=_MAYBE_TEXT, manifests=array(mapping("name, path, line, text.")),
-                   process=mapping("This server: uptime, memory, what it drives."), **_COMPUTED), examples=({},))
+                   process=mapping("This server: uptime, memory, what it drives."), **_COMPUTED),
+      examples=({},))
 async def tool_get_infrastructure_status(services: Services, call: Call) -> ToolResult:
-    """Tell how this server is, how many tests the repository has, and what it is deployed with, each with its evidence."""
+    """Tell how this server is, how many tests the repository has, and what it is deployed with, with evidence."""
     figures = await services.survey.figures()
     seen = figures.about("infrastructure")
     totals = [(name, count) for (topic, name), count in figures.seen.items() if topic == "infrastructure"]
     document = {
-        "status": "draining" if services.is_draining else "degraded" if services.store.fault else "operational",
-        "total_tests": figures.tests, "manifests": [one.to_wire() for one in seen], "process": describe_process(services),
+        "status": "draining" if services.is_draining else "degraded" if services.store.fault
+        else "operational",
+        "total_tests": figures.tests, "manifests": [one.to_wire() for one in seen],
+        "process": describe_process(services),
         "infrastructure": ", ".join(f"{name}: {count}" for name, count in totals) or None}
     return ToolResult(to_figures(services, figures, document, {
         "status": "of this process: draining while it stops, degraded while the database can't commit",
-        "total_tests": f"test functions counted by their first lines in test files, {_COUNTED}; a parametrised one counts once",
+        "total_tests": f"test functions counted by their first lines in test files, {_COUNTED}; a parametrised "
+                       "one counts once",
         "infrastructure": "files by name and first significant line, see manifests; null: none was found",
         "process": "read from this process and its database now"}), is_untrusted=True)
 
@@ -16425,35 +16624,43 @@ def describe_process(services: Services) -> dict[str, Any]:
     """What can be measured of this server itself."""
     usage = system_resource.getrusage(system_resource.RUSAGE_SELF)
     factor = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB but there
-    return {"version": __version__, "python": sys.version.split()[0], "uptime_s": round(services.clock.monotonic_s() - services.started_s, 1),
+    return {"version": __version__, "python": sys.version.split()[0],
+            "uptime_s": round(services.clock.monotonic_s() - services.started_s, 1),
             "cpu_s": round(usage.ru_utime + usage.ru_stime, 2), "max_memory_bytes": usage.ru_maxrss * factor,
             "holds_lease": services.holds_lease, "database_fault": services.store.fault or None,
-            "jobs": services.store.count_by_status("jobs"), "canaries": services.store.count_by_status("canaries")}
+            "jobs": services.store.count_by_status("jobs"),
+            "canaries": services.store.count_by_status("canaries")}
 
 
 @tool("get_code_analysis", title="Code analysis", level="access", arguments=shape(),
-      output=shape(("health_score", "code_quality", "total_files"), health_score=anything("", "number", "null"),
-                   code_quality=_MAYBE_TEXT, total_files=integer(), total_bytes=integer(), total_lines=integer(),
+      output=shape(("health_score", "code_quality", "total_files"),
+                   health_score=anything("", "number", "null"),
+                   code_quality=_MAYBE_TEXT, total_files=integer(), total_bytes=integer(),
+                   total_lines=integer(),
                    languages=mapping("files and lines of each."), largest_files=array(mapping()),
-                   most_imported=array(mapping()), health_evidence=anything("", "object", "null"), **_COMPUTED),
+                   most_imported=array(mapping()), health_evidence=anything("", "object", "null"),
+                   **_COMPUTED),
       examples=({},))
 async def tool_get_code_analysis(services: Services, call: Call) -> ToolResult:
-    """Count files, lines and languages; the health score is the pass rate of the newest eval that measured one."""
+    """Count files, lines and languages; the health score is the pass rate of the newest eval that has one."""
     figures = await services.survey.figures()
     passed = newest_pass_rate(services)
     languages = sorted(figures.languages.items(), key=lambda item: -item[1][1])
     document = {
         "health_score": round(100 * passed["pass_rate"], 2) if passed else None, "health_evidence": passed,
-        "code_quality": None, "total_files": figures.files, "total_bytes": figures.size, "total_lines": figures.lines,
+        "code_quality": None, "total_files": figures.files, "total_bytes": figures.size,
+        "total_lines": figures.lines,
         "languages": {name: {"files": files, "lines": lines} for name, (files, lines) in languages},
         "largest_files": [{"path": path, "size": size} for size, path in figures.largest],
         "most_imported": figures.most_imported()}
     return ToolResult(to_figures(services, figures, document, {
-        "health_score": "100 x pass_rate of the newest eval whose result has one (health_evidence); null: none has run",
+        "health_score": "100 x pass_rate of the newest eval whose result has one (health_evidence); null: there is "
+                        "none",
         "code_quality": "null: this server runs no linter; make one a task in lukhas.toml and ask run_eval",
         "total_files": f"regular files, {_COUNTED}", "total_lines": "newlines of text files up to 512 KiB",
         "languages": "by the ending of the name", "largest_files": "by size in bytes",
-        "most_imported": "absolute import lines of Python files that name a module of this repository"}), is_untrusted=True)
+        "most_imported": "Python files with an absolute import of a module of this repository"}),
+                      is_untrusted=True)
 
 
 def newest_pass_rate(services: Services) -> dict[str, Any] | None:
@@ -16466,27 +16673,31 @@ def newest_pass_rate(services: Services) -> dict[str, Any] | None:
 
 
 @tool("get_development_utilities", title="Development utilities", level="access", arguments=shape(),
-      output=shape(("utilities", "tools"), utilities=array(string()), tools=mapping("testing, linting, typing."),
+      output=shape(("utilities", "tools"), utilities=array(string()),
+                   tools=mapping("testing, linting, typing."),
                    evidence=array(mapping("name, path, line, text.")), **_COMPUTED), examples=({},))
 async def tool_get_development_utilities(services: Services, call: Call) -> ToolResult:
-    """List what a developer can run here (make targets, npm scripts, evals), and the tools that are configured."""
+    """List what a developer can run here (make, npm, evals), and the tools that are configured."""
     figures = await services.survey.figures()
     topics = ("testing", "linting", "typing")
     evals = [f"eval {name}" for name in services.plan.tasks]
-    document = {"utilities": [*evals, *figures.utilities], "tools": {topic: figures.names(topic) for topic in topics},
+    document = {"utilities": [*evals, *figures.utilities],
+                "tools": {topic: figures.names(topic) for topic in topics},
                 "evidence": [one.to_wire() for topic in topics for one in figures.about(topic)[:10]]}
     return ToolResult(to_figures(services, figures, document, {
-        "utilities": "tasks of lukhas.toml, targets of the Makefile and scripts of the package.json at the top",
-        "tools": "configuration files and sections that name them, see evidence; null: none was found"}), is_untrusted=True)
+        "utilities": "tasks of lukhas.toml, targets of the Makefile, scripts of the package.json at the top",
+        "tools": "configuration files and sections that name them, see evidence; null: none was found"}),
+                      is_untrusted=True)
 
 
 @tool("get_module_structure", title="Module structure", level="access", arguments=shape(),
-      output=shape(("total_modules", "consciousness_modules", "production_modules", "framework"), total_modules=integer(),
+      output=shape(("total_modules", "consciousness_modules", "production_modules", "framework"),
+                   total_modules=integer(),
                    consciousness_modules=integer(), production_modules=integer(), framework=_MAYBE_TEXT,
                    packages=array(mapping("path, modules.")), largest_modules=array(mapping("path, lines.")),
                    evidence=array(mapping()), **_COMPUTED), examples=({},))
 async def tool_get_module_structure(services: Services, call: Call) -> ToolResult:
-    """Count source files, those with `consciousness` or `production` in their path, and tell where they lie."""
+    """Count source files, those with `consciousness` or `production` in their path, and say where they lie."""
     figures = await services.survey.figures()
     packages = collections.Counter(path.partition("/")[0] if "/" in path else "." for path in figures.sources)
     largest = sorted(figures.modules.items(), key=lambda item: -item[1])[:10]
@@ -16506,8 +16717,8 @@ async def tool_get_module_structure(services: Services, call: Call) -> ToolResul
 
 
 # ==============================================================================
-# 61. OpsTools -- evals and canaries as tools
-# uses: Ground, Errors, Vocabulary, Chain, Schema, Actuation, Toolkit, Works
+# 62. OpsTools -- evals and canaries as tools
+# uses: Ground, Vocabulary, Chain, Schema, Actuation, Toolkit, Works
 # ==============================================================================
 
 
@@ -16542,22 +16753,15 @@ def _id_of(what: str) -> dict[str, Any]:
                       "probe or stress-test.", is_id=True), configId=string("Its configuration.", is_id=True),
                       dryRun=boolean("Only record what would run.", default=False),
                       idempotencyKey=string("The same key again answers the same job.", min_length=1, max_length=200),
-                      modelId=string("The model that is evaluated; gates may require that it passed.", is_id=True)),
+                      modelId=string("The model that is evaluated (LUKHAS_EVAL_MODEL); gates may require that it passed.",
+                                     is_id=True)),
       output=JOB, examples=({"taskId": "probe", "configId": "ci"},), work=JOB_WORK)
 async def tool_run_eval(services: Services, call: Call) -> dict[str, Any]:
     """Start an eval and answer at once with its jobId; ask `status` how it went, or watch topic job/<jobId>."""
-    require_lease(services)
     job = await services.jobs.start_eval(
         call.get("taskId"), call.get("configId"), call.actor, is_dry_run=call.get("dryRun"),
         idempotency_key=call.get("idempotencyKey"), input=call.input(), model_id=call.get("modelId"))
     return job.to_wire()
-
-
-def require_lease(services: Services) -> None:
-    """Evals and canaries are driven by one process per database. Raises Unavailable in any other."""
-    if not services.holds_lease:
-        raise Unavailable(f"another process drives the evals and canaries of this database ({services.lease_holder}); "
-                          "ask that one, or stop it and this one takes over")
 
 
 @tool("status", title="Status of an eval", arguments=shape(("jobId",), jobId=_id_of("the job")), output=JOB_FULL,
@@ -16575,7 +16779,6 @@ async def tool_status(services: Services, call: Call) -> dict[str, Any]:
       output=JOB_FULL, examples=({"jobId": "job_00000000", "reason": "wrong configuration"},))
 async def tool_cancel_job(services: Services, call: Call) -> dict[str, Any]:
     """Stop an eval that waits or runs; one that has ended stays as it is."""
-    require_lease(services)
     job = await services.jobs.cancel(call.get("jobId"), call.actor, call.get("reason"))
     return job.to_wire(is_full=True) | tell_durable(services, call, job.job_id)
 
@@ -16664,8 +16867,6 @@ async def tool_why_math(services: Services, call: Call) -> dict[str, Any]:
                  "policy": {"windowSeconds": 300, "targets": {"latency_p95_ms": 500, "max_error_rate": 0.01}}},))
 async def tool_start_canary(services: Services, call: Call) -> dict[str, Any]:
     """Watch a model for a while and promote it, or roll it back, by p95 latency and error rate."""
-    if not call.get("dryRun"):
-        require_lease(services)
     canary, extras = await services.canaries.start_canary(call.arguments, call.actor)
     document = canary.to_wire()
     del document["createdAt"], document["updatedAt"]
@@ -16792,7 +16993,7 @@ async def tool_observe(services: Services, call: Call) -> dict[str, Any]:
 
 
 # ==============================================================================
-# 62. RehearsalTools -- other policies tried on what is stored or remembered, as tools
+# 63. RehearsalTools -- other policies tried on what is stored or remembered, as tools
 # uses: Ground, Errors, Vocabulary, Config, Plan, Schema, Store, Prometheus, Policy, Driver, Rehearsal, Backtest, Toolkit
 # ==============================================================================
 # Both only look: nothing is stored, started or decided. Work that takes long runs in a thread.
@@ -16801,13 +17002,20 @@ async def tool_observe(services: Services, call: Call) -> dict[str, Any]:
 OUTCOME = {"decision": string("PROMOTED, PAUSED, ROLLED_BACK, or UNDECIDED where the samples end before."),
            "reason": anything("Of the fixed words.", "string", "null"), "tick": anything("", "integer", "null"),
            "inequality": anything("With the numbers that decided.", "string", "null")}
+REPLAYED = shape(("canaryId", "decision", "was"), canaryId=string(), **OUTCOME, was=mapping(**OUTCOME),
+                 changed=mapping(), summary=string(), effectivePolicy=mapping(), samples=integer(),
+                 warnings=array(string()))
+BACKTESTED = shape(("gate", "windows", "rolledBack", "reasons", "summary"), gate=string(), windows=integer(),
+                   promoted=integer(), held=integer(), rolledBack=integer(), undecided=integer(),
+                   withoutHistory=integer(), windowSeconds=number(), reasons=mapping(),
+                   rollbacks=array(mapping()), summary=string(), effectivePolicy=mapping(), queries=mapping(),
+                   attribution=string(), warnings=array(string()),
+                   proposal=anything("Looser targets that roll the fewest back.", "object", "null"))
 
 
-@tool("replay", title="Replay a canary under another policy", level="access",
+@tool("replay", title="Replay a canary under another policy", level="access", output=REPLAYED,
       arguments=shape(("canaryId",), canaryId=string("The id of the canary.", min_length=1, max_length=200),
-                      policy=mapping("The fields to change, as in start_canary; none: what its own policy says.")),
-      output=shape(("canaryId", "decision", "was"), canaryId=string(), **OUTCOME, was=mapping(**OUTCOME), changed=mapping(),
-                   summary=string(), effectivePolicy=mapping(), samples=integer(), warnings=array(string())),
+                      policy=mapping("The fields to change, as in start_canary; none: what its own says.")),
       examples=({"canaryId": "canary_00000000", "policy": {"targets": {"latency_p95_ms": 640}}},))
 async def tool_replay(services: Services, call: Call) -> dict[str, Any]:
     """Judge a canary's stored samples by another policy: what it would have decided, when and why.
@@ -16826,16 +17034,11 @@ def replay_stored(reads: Reads, canary: Canary, changes: Mapping[str, Any]) -> d
 
 
 @tool("backtest", title="Backtest a policy on a gate's past", role="operator", level="access",
-      hints={**READS, "openWorldHint": True},
+      hints={**READS, "openWorldHint": True}, output=BACKTESTED,
       arguments=shape(("gate",), gate=string("The gate.", is_id=True),
                       days=number("How many days back; more than 0, at most 30.", 0.01, 30, 7),
                       modelId=string("What $__model stands for; without it the gate's holder.", is_id=True),
                       policy=mapping("As in start_canary; what is missing is that of the gate's newest canary.")),
-      output=shape(("gate", "windows", "rolledBack", "reasons", "summary"), gate=string(), windows=integer(),
-                   promoted=integer(), held=integer(), rolledBack=integer(), undecided=integer(),
-                   withoutHistory=integer(), windowSeconds=number(), reasons=mapping(), rollbacks=array(mapping()),
-                   proposal=anything("Looser targets that roll the fewest back.", "object", "null"), summary=string(),
-                   effectivePolicy=mapping(), queries=mapping(), attribution=string(), warnings=array(string())),
       examples=({"gate": "production", "days": 7},))
 async def tool_backtest(services: Services, call: Call) -> dict[str, Any]:
     """Ask Prometheus how often a policy would have rolled a gate back in the past, had a canary run all the time.
@@ -16874,8 +17077,9 @@ def find_backtest(reads: Reads | None, plan: Plan, sampler: PrometheusSampler, c
     if base is not None and base.has_targets:
         policy = vary_policy(base, changes, has_counters=has_counters, has_drift=has_drift)
     else:
-        policy = parse_policy({"policy": changes}, default_mode=config.canary_default_mode or None, limits=limits,
-                              has_counters=has_counters, interval_s=config.canary_interval_seconds, is_dry_run=False,
+        policy = parse_policy({"policy": changes}, default_mode=config.canary_default_mode or None,
+                              limits=limits, has_counters=has_counters,
+                              interval_s=config.canary_interval_seconds, is_dry_run=False,
                               has_drift=has_drift)
     holder = reads.holder_of(gate) if reads else None
     model_id = arguments.get("modelId") or (holder["modelId"] if holder else "")
@@ -16893,7 +17097,7 @@ def find_asked_policy(canary: Canary) -> Policy | None:
 
 
 # ==============================================================================
-# 63. Undo -- taking back what an actor did: files, commits, gates
+# 64. Undo -- taking back what an actor did: files, commits, gates
 # uses: Ground, Errors, Vocabulary, Chain, Actuation, Schema, Store, Repository, Toolkit, FileTools, GitTools, OpsTools
 # ==============================================================================
 # What can be taken back is read from the audit trail, and taken back by the same doors as anything
@@ -16933,11 +17137,13 @@ class Undoable:
             return f"commit {details['commit'][:12]} to {details['branch'] or 'HEAD'}"
         if self.kind == "gate":
             return f"gate {details['gate']} to {details['to'] or 'nobody'}"
-        return f"{details['kind']} {details['path']}" + (f" to {details['to']}" if details["kind"] == "rename" else "")
+        return f"{details['kind']} {details['path']}" + (f" to {details['to']}"
+                                                         if details["kind"] == "rename" else "")
 
     def to_wire(self, outcome: str, **more: Any) -> dict[str, Any]:
         """The entry of an answer."""
-        return {"auditId": self.audit_id, "at": self.at, "kind": self.kind, "what": self.what, "outcome": outcome, **more}
+        return {"auditId": self.audit_id, "at": self.at, "kind": self.kind, "what": self.what,
+                "outcome": outcome, **more}
 
 
 def read_undoable(reads: Reads, row: AuditRow) -> Undoable | None:
@@ -16948,7 +17154,8 @@ def read_undoable(reads: Reads, row: AuditRow) -> Undoable | None:
         return read_undoable(reads, intent) if intent and intent.audit_id < row.audit_id else None
     if details.get("phase") == "intent":
         kind = "file" if details.get("kind") in _FILE_KINDS else details.get("kind")
-        return Undoable(row.audit_id, row.ts, row.actor, kind, details) if kind in ("file", "commit") else None
+        is_known = kind in ("file", "commit")
+        return Undoable(row.audit_id, row.ts, row.actor, kind, details) if is_known else None
     gate = _read_gate(reads, row, details)
     return Undoable(row.audit_id, row.ts, row.actor, "gate", {**details, **gate}) if gate else None
 
@@ -16970,7 +17177,13 @@ def was_done(reads: Reads, one: Undoable) -> bool:
         return True
     subject = one.details["commit"] if one.kind == "commit" else one.details["path"]
     told = (read_details(row.payload) for row in reads.linked_audits(subject, one.audit_id))
-    return next((details["phase"] == "done" for details in told if details.get("intent") == one.audit_id), False)
+    return next((details["phase"] == "done" for details in told if details.get("intent") == one.audit_id),
+                False)
+
+
+def is_in_effect(reads: Reads, one: Undoable) -> bool:
+    """Whether a change was done, and no undo of it is in effect."""
+    return was_done(reads, one) and find_undo(reads, one) is None
 
 
 def find_undo(reads: Reads, one: Undoable) -> Undoable | None:
@@ -16981,7 +17194,7 @@ def find_undo(reads: Reads, one: Undoable) -> Undoable | None:
             continue
         deed_row = reads.find_audit(details["by"]) if "by" in details else row
         undo = read_undoable(reads, deed_row) if deed_row else None
-        if undo and undo.audit_id != one.audit_id and was_done(reads, undo) and find_undo(reads, undo) is None:
+        if undo and undo.audit_id > one.audit_id and is_in_effect(reads, undo):
             return undo
     return None
 
@@ -16991,7 +17204,20 @@ def find_undo(reads: Reads, one: Undoable) -> Undoable | None:
 
 async def take_back(services: Services, call: Call, one: Undoable) -> None:
     """Take one change back. Raises Conflict when what it changed has moved on."""
-    await {"file": _take_file_back, "commit": _take_commit_back, "gate": _take_gate_back}[one.kind](services, call, one)
+    deed = {"file": _take_file_back, "commit": _take_commit_back, "gate": _take_gate_back}[one.kind]
+    for part in find_parts(services.store, one):
+        await deed(services, call, part)
+
+
+def find_parts(reads: Reads, one: Undoable) -> list[Undoable]:
+    """The change itself; of an undo that took two steps both, the last one first."""
+    target = one.details.get("undoes") if one.kind == "file" else None
+    if target is None:
+        return [one]
+    told = [read_undoable(reads, row) for row in reads.linked_audits(f"audit:{target}", target)]
+    return [part for part in reversed(told) if part and part.actor == one.actor
+            and part.details.get("undoes") == target
+            and is_in_effect(reads, part)]
 
 
 async def _take_file_back(services: Services, call: Call, one: Undoable) -> None:
@@ -17020,21 +17246,23 @@ def plan_file_undo(services: Services, details: dict[str, Any]) -> list[Callable
 def _kept(reads: Reads, sha256: str, path: str) -> bytes:
     content = reads.load_content(sha256)
     if content is None:
-        raise Conflict(f"the former contents of {path} (sha256 {sha256}) are not kept any more: over 1 MiB, over 30 days "
-                       "old, or crowded out by newer ones")
+        raise Conflict(f"the former contents of {path} (sha256 {sha256}) are not kept any more: over 1 MiB, over 30 "
+                       "days old, or crowded out by newer ones")
     return content
 
 
 def _prepare_return(files: Repository, source: str, target: str, sha256: str) -> Change:
     change = files.prepare_rename(source, target)
     if change.old_sha256 != sha256:
-        raise Conflict(f"SHA mismatch: expected {sha256}, got {change.old_sha256}: {source} has been changed since")
+        raise Conflict(f"SHA mismatch: expected {sha256}, got {change.old_sha256}: {source} has been changed "
+                       "since")
     return change
 
 
 async def _take_commit_back(services: Services, call: Call, one: Undoable) -> None:
     reason = f"Taken back by {call.actor.name} with {call.tool.name} (audit {one.audit_id})."
-    prepared = await in_thread(services.commits.prepare_revert, one.details["commit"], one.details["ref"], reason)
+    prepared = await in_thread(services.commits.prepare_revert, one.details["commit"], one.details["ref"],
+                               reason)
     await make_commit(services, call, prepared, undoes=one.audit_id)
     call.warnings += prepared.warnings
 
@@ -17046,10 +17274,11 @@ async def _take_gate_back(services: Services, call: Call, one: Undoable) -> None
     def work(tx: Transaction) -> int:
         holder = (tx.holder_of(gate) or {}).get("modelId")
         if holder != present:
-            raise Conflict(f"the gate {gate} has moved on: {holder or 'nobody'} holds it, not {present or 'nobody'}")
-        if former:  # a revert is taken back, which is a promotion
-            services.brakes.check_frozen("a promotion", tx)
-        by = _hand_back(services, tx, call, gate, holder, former, f"audit {one.audit_id} undone")
+            raise Conflict(f"the gate {gate} has moved on: {holder or 'nobody'} holds it, not "
+                           f"{present or 'nobody'}")
+        cause = f"audit {one.audit_id} undone"
+        deed = _give_again if former else _take_away
+        by = deed(services, tx, call, gate, former or holder, cause)
         message = f"{call.actor.name} took back what audit {one.audit_id} did to the gate {gate}"
         details = {"kind": "gate", "gate": gate, "undoes": one.audit_id, "by": by}
         tx.record(call.record((gate, f"audit:{one.audit_id}"), message, details, "gate"))
@@ -17057,38 +17286,50 @@ async def _take_gate_back(services: Services, call: Call, one: Undoable) -> None
     call.audit_id = await services.store.write(work)
 
 
-def _hand_back(services: Services, tx: Transaction, call: Call, gate: str, holder: str | None, former: str | None,
-               cause: str) -> int:
-    """Make the former model hold the gate, or whoever held it before the holder; tells the audit id."""
-    change_id = new_id("revert")
-    if holder:
-        stack = stack_holders(tx.load_promotions(gate))
-        heir = former or (stack[-2] if len(stack) > 1 else None)
-        if services.actuator.revert(tx, change_id, gate, heir, call.actor, cause=cause)["changed"]:
-            return tx.linked_audits(change_id, action="revert_promotion")[-1].audit_id
-        tx.withdraw(holder, gate, None, kind="revert", actor=call.actor.name, change_id=change_id)
-        moment, told = "rollback", f"took {gate} back from {holder}; nobody holds it now"
-    else:
-        tx.promote(former, gate, kind="revert", actor=call.actor.name, change_id=change_id)
-        moment, told = "promote", f"gave {gate} to {former} again, from which it had been taken"
-    # What the actuator never does by itself: to take a gate away that was a revert's, and to give one that is free.
-    message, deed = f"{call.actor.name} {told} ({cause})", Deed(change_id, holder or former, gate)
-    publish_holder(tx, deed, None if holder else former, "reverted", message)
-    services.actuator.queue(tx, deed, moment, message, {"reason": "reverted", "by": call.actor.name})
-    details = {"gate": gate, "from": holder, "to": None if holder else former, "changed": True, "revertId": change_id}
-    return tx.record(AuditRecord(call.actor, "revert_promotion", (change_id, gate, deed.model_id), message, details, kind="gate"))
+def _give_again(services: Services, tx: Transaction, call: Call, gate: str, model_id: str, cause: str) -> int:
+    """Take a revert back: a promotion again, of a model that had been promoted; tells the audit id."""
+    services.brakes.check_frozen("a promotion", tx)
+    deed = Deed(new_id("promotion"), model_id, gate)
+    message = f"{call.actor.name} gave {gate} to {model_id} again, from which it had been taken ({cause})"
+    tx.promote(model_id, gate, actor=call.actor.name, change_id=deed.change_id)
+    publish_holder(tx, deed, model_id, "promoted", message)
+    services.actuator.queue(tx, deed, "promote", message)
+    return tx.record(AuditRecord(call.actor, "promote_model", (model_id, gate, deed.change_id), message,
+                                 {"modelId": model_id, "gate": gate, "promotionId": deed.change_id},
+                                 kind="model"))
+
+
+def _take_away(services: Services, tx: Transaction, call: Call, gate: str, holder: str, cause: str) -> int:
+    """Take a promotion back: whoever held the gate before has it, or nobody; tells the audit id."""
+    stack = stack_holders(tx.load_promotions(gate))
+    deed = Deed(new_id("revert"), holder, gate)
+    if services.actuator.revert(tx, deed.change_id, gate, stack[-2] if len(stack) > 1 else None, call.actor,
+                                cause=cause)["changed"]:
+        return tx.linked_audits(deed.change_id, action="revert_promotion")[-1].audit_id
+    # The actuator takes no gate away that the holder has by a revert, so that asking twice does no harm.
+    message = f"{call.actor.name} took {gate} back from {holder} ({cause}); nobody holds it now"
+    tx.withdraw(holder, gate, None, kind="revert", actor=call.actor.name, change_id=deed.change_id)
+    publish_holder(tx, deed, None, "reverted", message)
+    services.actuator.queue(tx, deed, "rollback", message, {"reason": "reverted", "by": call.actor.name})
+    details = {"gate": gate, "from": holder, "to": None, "changed": True, "revertId": deed.change_id}
+    return tx.record(AuditRecord(call.actor, "revert_promotion", (deed.change_id, gate, holder), message,
+                                 details, kind="gate"))
 
 
 @tool("undo_change", title="Undo a change", hints=OVERWRITES, role="operator", level="changes",
-      arguments=shape(("auditId",), auditId=integer("The auditId of a changing tool's answer, or of a row of `why`.", 1, 2**53)),
-      output=shape(("undone", "kind", "what", "outcome"), undone=integer("The audit id of what was taken back."),
-                   kind=string("file, commit or gate."), what=string(), outcome=string(), at=string(), note=string(),
+      arguments=shape(("auditId",), auditId=integer("The auditId of a changing tool's answer, or of a row of `why`.",
+                                                    1, 2**53)),
+      output=shape(("undone", "kind", "what", "outcome"),
+                   undone=integer("The audit id of what was taken back."),
+                   kind=string("file, commit or gate."), what=string(), outcome=string(), at=string(),
+                   note=string(),
                    auditId=integer("Of the undo, which can be undone too."), warnings=array(string())),
       examples=({"auditId": 12},))
 async def tool_undo_change(services: Services, call: Call) -> dict[str, Any]:
-    """Take back one change of a file, one commit (by a revert commit) or one promotion; refused if it has moved on.
+    """Take back one change of a file, one commit (by a revert commit) or one promotion.
 
-    The work tree keeps its files when a commit is taken back: they show as not committed.
+    Refused, with the reason, where what it changed has moved on. When a commit is taken back the work tree
+    keeps its files: they show as not committed.
     """
     audit_id = call.get("auditId")
     row = services.store.find_audit(audit_id)
@@ -17096,8 +17337,8 @@ async def tool_undo_change(services: Services, call: Call) -> dict[str, Any]:
         raise NotFound(f"Unknown auditId: {audit_id}; take one from a changing tool's answer, or from why")
     one = read_undoable(services.store, row)
     if one is None:
-        raise Conflict(f"audit {audit_id} ({row.action}) is nothing that can be undone; changes of files, commits and "
-                       "promotions can")
+        raise Conflict(f"audit {audit_id} ({row.action}) is nothing that can be undone; changes of files, commits "
+                       "and promotions can")
     if not was_done(services.store, one):
         raise Conflict(f"audit {audit_id} was not carried out, so there is nothing to undo")
     undo = find_undo(services.store, one)
@@ -17106,7 +17347,8 @@ async def tool_undo_change(services: Services, call: Call) -> dict[str, Any]:
     await take_back(services, call, one)
     answer = {"undone": one.audit_id, **one.to_wire("undone")}
     del answer["auditId"]
-    return answer | ({"note": "the work tree keeps its files; they show as not committed"} if one.kind == "commit" else {})
+    return answer | ({"note": "the work tree keeps its files; they show as not committed"}
+                     if one.kind == "commit" else {})
 
 
 # -- an actor -----------------------------------------------------------------
@@ -17118,19 +17360,23 @@ def parse_since(text: str, now_s: float) -> str:
     try:
         return utc_text(now_s - int(span[1]) * _SPAN_S[span[2]] if span else parse_utc(text.strip()))
     except (ValueError, OverflowError, OSError):
-        raise InvalidArguments(f"since is {text[:40]!r}; allowed: a span like 90m, 12h or 30d, or an ISO time") from None
+        raise InvalidArguments(f"since is {text[:40]!r}; allowed: a span like 90m, 12h or 30d, or an ISO "
+                               "time") from None
 
 
-def list_undoables(reads: Reads, actor: str, session: str, since: str, limit: int) -> tuple[list[Undoable], bool]:
+def list_undoables(reads: Reads, actor: str, session: str, since: str,
+                   limit: int) -> tuple[list[Undoable], bool]:
     """What an actor did since then and what is still in effect, newest first; and whether that is not all.
 
     Undos are left out where what they took back would be in the list too.
     """
-    found = {one.audit_id: one for one in (*_own_rows(reads, actor, since), *_promoted_canaries(reads, actor, since))
+    found = {one.audit_id: one for one in (*_own_rows(reads, actor, since),
+                                           *_promoted_canaries(reads, actor, since))
              if one.session.startswith(session)}
     newest = [found[audit_id] for audit_id in sorted(found, reverse=True)]
     undoing = {one.audit_id for one in newest if _target_of(reads, one) in found}
-    wanted = (one for one in newest if one.audit_id not in undoing and was_done(reads, one) and find_undo(reads, one) is None)
+    wanted = (one for one in newest if one.audit_id not in undoing and is_in_effect(reads, one)
+              and find_parts(reads, one)[0].audit_id == one.audit_id)
     listed = list(itertools.islice(wanted, limit + 1))
     return listed[:limit], len(listed) > limit
 
@@ -17150,7 +17396,8 @@ def _promoted_canaries(reads: Reads, actor: str, since: str) -> Iterator[Undoabl
     for canary in reads.list_canaries(1000, (CanaryStatus.PROMOTED,)):
         if canary.actor != actor or canary.updated_at < since:
             continue
-        begun = next((read_details(row.payload) for row in reads.linked_audits(canary.canary_id) if row.actor == actor), {})
+        begun = next((read_details(row.payload) for row in reads.linked_audits(canary.canary_id)
+                      if row.actor == actor), {})
         for row in reads.linked_audits(canary.canary_id, action="canary_promote"):
             one = read_undoable(reads, row) if row.ts >= since else None
             if one:
@@ -17166,15 +17413,20 @@ def _target_of(reads: Reads, one: Undoable) -> int | None:
 
 
 @tool("undo", title="Undo an actor", hints=OVERWRITES, role="operator", level="changes",
-      arguments=shape(("actor",), actor=string("The name of the key, as the audit has it.", min_length=1, max_length=128),
+      arguments=shape(("actor",), actor=string("The name of the key, as the audit has it.", min_length=1,
+                                               max_length=128),
                       session=string("Only what was done in this session.", max_length=64),
-                      since=string("How far back: 90m, 12h, 30d, or an ISO time.", default="1h", max_length=40),
+                      since=string("How far back: 90m, 12h, 30d, or an ISO time.", default="1h",
+                                   max_length=40),
                       limit=integer("How many changes at most, the newest.", 1, 1000, 500),
                       dryRun=boolean("Only list what would be undone.", default=False)),
-      output=shape(("actor", "since", "dryRun", "changes", "undone", "complete"), actor=string(), session=anything("", "string", "null"),
-                   since=string(), dryRun=boolean(), changes=array(mapping("auditId, at, kind, what, outcome, reason.")),
+      output=shape(("actor", "since", "dryRun", "changes", "undone", "complete"), actor=string(),
+                   session=anything("", "string", "null"),
+                   since=string(), dryRun=boolean(),
+                   changes=array(mapping("auditId, at, kind, what, outcome, reason.")),
                    undone=integer(), complete=boolean("Whether all of it was taken back."),
-                   conflict=anything("Where it stopped: auditId, what, reason.", "object", "null"), warnings=array(string())),
+                   conflict=anything("Where it stopped: auditId, what, reason.", "object", "null"),
+                   warnings=array(string())),
       examples=({"actor": "anonymous", "since": "1h", "dryRun": True},))
 async def tool_undo(services: Services, call: Call) -> ToolResult | dict[str, Any]:
     """Take back what an actor did since a time, newest first: changes of files, commits, promotions.
@@ -17189,14 +17441,17 @@ async def tool_undo(services: Services, call: Call) -> ToolResult | dict[str, An
     changes, conflict = await _undo_each(services, call, listed, is_dry=is_dry)
     undone = [one["auditId"] for one in changes if one["outcome"] == "undone"]
     answer = {"actor": call.get("actor"), "session": call.get("session"), "since": since, "dryRun": is_dry,
-              "changes": changes, "undone": len(undone), "complete": not is_dry and not conflict and not is_cut,
+              "changes": changes, "undone": len(undone),
+              "complete": not is_dry and not conflict and not is_cut,
               "conflict": conflict}
     if is_dry:
         return answer
-    message = f"{call.actor.name} took back {len(undone)} of {len(listed)} change(s) of {call.get('actor')} since {since}"
+    message = (f"{call.actor.name} took back {len(undone)} of {len(listed)} change(s) of {call.get('actor')} "
+               f"since {since}")
     details = {"phase": "summary", "undone": undone, "conflict": conflict}
     call.audit_id = None  # it stands for many; each of them has its own
-    await services.store.write(lambda tx: tx.record(call.record((call.get("actor"),), message, details, "system")))
+    record = call.record((call.get("actor"),), message, details, "system")
+    await services.store.write(lambda tx: tx.record(record))
     if conflict:
         error = f"stopped at audit {conflict['auditId']} ({conflict['what']}): {conflict['reason']}"
         return ToolResult({"error": error, "reason": "conflict", **answer}, is_error=True)
@@ -17222,7 +17477,7 @@ async def _undo_each(services: Services, call: Call, listed: list[Undoable], *,
 
 
 # ==============================================================================
-# 64. GateTools -- gates as tools: promoted directly, looked at, taken back, frozen
+# 65. GateTools -- gates as tools: promoted directly, looked at, taken back, frozen
 # uses: Ground, Errors, Vocabulary, Schema, Store, Brakes, Actuation, Policy, Starts, Toolkit, OpsTools
 # ==============================================================================
 
@@ -17237,9 +17492,16 @@ async def _undo_each(services: Services, call: Call, listed: list[Undoable], *,
                    actuation=string("pending or none: whether hooks are being called."), warnings=array(string())),
       examples=({"modelId": "lukhas-v4", "gate": "staging", "dryRun": True},))
 async def tool_promote_model(services: Services, call: Call) -> dict[str, Any]:
-    """Give a gate to a model at once, without a canary, where the operator allows that."""
+    """Give a gate to a model at once, without a canary, where the operator allows that.
+
+    Where the operator says approve, the person at the client is asked first, if the client can ask.
+    """
     model_id, gate, is_dry_run = call.get("modelId"), call.get("gate"), call.get("dryRun")
     passes = check_direct(services, call, model_id, gate)
+    limits, holder = services.plan.gates.get(gate), (services.store.holder_of(gate) or {}).get("modelId")
+    if limits and limits.promote == "approve" and not is_dry_run and holder != model_id:
+        await confirm(call, f"Promote the model {model_id} to the gate {gate}, now held by {holder or 'nobody'}?")
+        passes = check_direct(services, call, model_id, gate)  # a person may have taken minutes
     change_id = new_id("promotion")
 
     def work(tx: Transaction) -> dict[str, Any]:
@@ -17272,7 +17534,7 @@ def check_direct(services: Services, call: Call, model_id: str, gate: str) -> di
         known = store.held_gates()
         near = "" if gate in known else name_nearest(gate, known)
         call.warnings.append(f"the gate {gate} has no operator limits; set [gates.{gate}] in lukhas.toml{near}")
-    elif limits.promote != "direct":
+    elif limits.promote == "canary" or limits.promote == "approve" and not call.client.can("elicitation"):
         way = {"canary": "use start_canary", "approve": "use start_canary; at the end of its window another key's "
                "approve_canary promotes"}[limits.promote]
         raise Conflict(f"gates.{gate} in lukhas.toml says promote = \"{limits.promote}\"; {way}")
@@ -17286,7 +17548,8 @@ def tell_promotion(tx: Transaction, services: Services, call: Call, deed: Deed,
                    passes: Mapping[str, str]) -> dict[str, Any]:
     """Audit, event and hooks of a promotion without a canary; its id and actuation for the answer."""
     model_id, gate = deed.model_id, deed.gate
-    message = f"{call.actor.name} promoted {model_id} to {gate} directly"
+    message = f"{call.actor.name} promoted {model_id} to {gate} directly" \
+        + (", as the person at the client agreed" if call.is_confirmed else "")
     details = {"modelId": model_id, "gate": gate, "promotionId": deed.change_id}
     ids = (model_id, gate, deed.change_id, *passes.values())
     tx.record(call.record(ids, message, details | ({"passed": dict(passes)} if passes else {}), "model"))
@@ -17378,7 +17641,7 @@ async def tool_unfreeze(services: Services, call: Call) -> dict[str, Any]:
 
 
 # ==============================================================================
-# 65. Catalog -- resources and prompts: declared once, found by URI and name, completed
+# 66. Catalog -- resources and prompts: declared once, found by URI and name, completed
 # uses: Errors, Access, Exchange, Toolkit
 # ==============================================================================
 # A resource is declared by its URI, or by a template with one variable (RFC 6570, `{id}` or
@@ -17537,7 +17800,7 @@ def _find_completer(ref: Mapping[str, Any], name: str) -> Completer | None:
 
 
 # ==============================================================================
-# 66. Resources -- the repository, and every job, canary, model, gate and trail, as resources
+# 67. Resources -- the repository, and every job, canary, model, gate and trail, as resources
 # uses: Ground, Errors, Vocabulary, Chain, Probes, Sessions, Toolkit, FileTools, OpsTools, GateTools, Catalog
 # ==============================================================================
 
@@ -17730,7 +17993,7 @@ async def resource_config(services: Services, inquiry: Inquiry) -> dict[str, Any
 
 
 # ==============================================================================
-# 67. Prompts -- what a person may ask an agent to do, filled from what is here now
+# 68. Prompts -- what a person may ask an agent to do, filled from what is here now
 # uses: Ground, Errors, Vocabulary, Sessions, Toolkit, OpsTools, GateTools, Catalog, Resources
 # ==============================================================================
 
@@ -17859,7 +18122,7 @@ async def prompt_write_post_mortem(services: Services, inquiry: Inquiry) -> list
 
 
 # ==============================================================================
-# 68. Revisions -- what each revision of MCP knows
+# 69. Revisions -- what each revision of MCP knows
 # uses: nothing
 # pure
 # ==============================================================================
@@ -17911,7 +18174,7 @@ BARE = Revision("2025-03-26", has_batches=True)
 
 
 # ==============================================================================
-# 69. Rpc -- JSON-RPC 2.0, and the two eras of MCP on one endpoint
+# 70. Rpc -- JSON-RPC 2.0, and the two eras of MCP on one endpoint
 # uses: Ground, Errors, Access, Exchange, Sessions, Toolkit, Revisions
 # ==============================================================================
 # Legacy: a handshake, perhaps a session, errors in HTTP 200. Modern (2026-07-28): stateless, each
@@ -18277,7 +18540,7 @@ def _modern_envelope(name: str, result: dict[str, Any]) -> dict[str, Any]:
 
 
 # ==============================================================================
-# 70. Methods -- what a client of MCP may ask for
+# 71. Methods -- what a client of MCP may ask for
 # uses: Ground, Errors, Vocabulary, Exchange, Sessions, Toolkit, Works, Catalog, Revisions, Rpc
 # ==============================================================================
 # Capabilities say what is here. Whoever listens is told of every change of a list; those of tools and
@@ -18539,7 +18802,7 @@ async def rpc_completion_complete(services: Services, peer: Peer, params: dict[s
 
 
 # ==============================================================================
-# 71. Listening -- streams and tasks of the stateless era
+# 72. Listening -- streams and tasks of the stateless era
 # uses: Errors, Vocabulary, Sessions, Toolkit, Works, Rpc, Methods
 # ==============================================================================
 
@@ -18671,7 +18934,7 @@ def _check_role(peer: Peer, role: str) -> None:
 
 
 # ==============================================================================
-# 72. Routes -- every HTTP route, who may take it, and errors as answers
+# 73. Routes -- every HTTP route, who may take it, and errors as answers
 # uses: Ground, Errors, Vocabulary, Http, Access, Checkpoints, Broker, Exchange, Sessions, Toolkit, Revisions, Rpc, Listening
 # ==============================================================================
 # A request is admitted when its head is here (host, origin, route, key, limit) and handled when its
@@ -18760,12 +19023,15 @@ def _may_be_stop(request: Request) -> bool:
     return request.route.path == "/mcp" and request.method == "POST" and length is not None and length <= 65536
 
 
+_STOPPING = ("notifications/cancelled", "tasks/cancel")
+
+
 def _check_stop(services: Services, request: Request) -> None:
     """Let a request over the limit through if it stops something and the reserve has a token."""
     try:
         message = parse_json(request.body)
-        name = message["params"]["name"] if message["method"] == "tools/call" else ""
-        is_stop = TOOLS[name].hints is STOPS
+        name = message["method"]
+        is_stop = name in _STOPPING or name == "tools/call" and TOOLS[message["params"]["name"]].hints is STOPS
     except (ValueError, KeyError, TypeError, IndexError):
         is_stop = False
     principal = request.principal
@@ -19031,13 +19297,15 @@ async def route_metrics(services: Services, request: Request) -> Response:
                                           {} if growth.day_bytes is None else {"": growth.day_bytes}),
         "lukhas_database_days_left": ("Days until the disk is full at this growth.",
                                       {} if growth.days_left is None else {"": growth.days_left}),
+        "lukhas_hook_calls_open": ("Calls of hooks that have not arrived yet.", {"": len(store.open_deliveries())}),
+        "lukhas_frozen": ("1 while an admin's freeze holds.", {"": float(bool(services.brakes.find_freeze(store)))}),
         "lukhas_database_ok": ("1 while the last commit worked.", {"": float(not store.fault)}),
     }
     return Response(200, [], services.metrics.render(gauges).encode("ascii"), "text/plain; version=0.0.4")
 
 
 # ==============================================================================
-# 73. Exports -- the route that answers evidence
+# 74. Exports -- the route that answers evidence
 # uses: Ground, Errors, Http, Evidence, Toolkit, Routes
 # ==============================================================================
 # One export at a time is made, in a thread, into a file without a name, so that nothing is left
@@ -19077,7 +19345,7 @@ async def _send_pieces(stream: BinaryIO) -> AsyncIterator[bytes]:
 
 
 # ==============================================================================
-# 74. Lease -- which process drives this database, and the snapshot file beside it
+# 75. Lease -- which process drives this database, and the snapshot file beside it
 # uses: Ground, Errors, Vocabulary, Store
 # owns: files
 # ==============================================================================
@@ -19198,7 +19466,7 @@ def _replace_file(path: str, content: bytes) -> None:
 
 
 # ==============================================================================
-# 75. Rounds -- what a running server does now and then: checkpoints, retention, keys read again
+# 76. Rounds -- what a running server does now and then: checkpoints, retention, keys read again
 # uses: Ground, Errors, Vocabulary, Config, Access, Store, Checkpoints, Toolkit
 # ==============================================================================
 # Bounded are the events (a subscriber who missed some is told by `gap`) and the samples of old
@@ -19273,7 +19541,7 @@ async def _tell_reload(services: Services, sentence: str, details: dict[str, Any
 
 
 # ==============================================================================
-# 76. Connection -- one socket: requests in order, answers, streams, deadlines
+# 77. Connection -- one socket: requests in order, answers, streams, deadlines
 # uses: Errors, Http, Toolkit, Routes, Access
 # owns: network
 # ==============================================================================
@@ -19629,7 +19897,7 @@ def _missing(shared: list[tuple[str, str]], own: list[tuple[str, str]]) -> list[
 
 
 # ==============================================================================
-# 77. Server -- everything alive: built, started, drained, stopped
+# 78. Server -- everything alive: built, started, drained, stopped
 # uses: Ground, Errors, Config, Plan, Http, Access, Store, Broker, Brakes, Actuation, Prometheus, Embedded, Canary, Hooks, Probes, Jobs, Paths, Repository, Corpus, Finder, Git, Commits, Survey, Metrics, Sessions, Toolkit, FileTools, GitTools, Lease, Connection, Rounds
 # owns: network, signals, files, terminal
 # ==============================================================================
@@ -19649,26 +19917,28 @@ def build_services(config: Config, clock: Clock) -> Services:
     broker = Broker()
     store = Store(config.db, clock, sync=config.sync, journal=config.journal, publish=broker.publish)
     notices = Notices()
-    actuator, brakes = Actuator(plan, config.name), Brakes(store, clock)
+    actuator, brakes = Actuator(plan, config.name), Brakes(store, clock, drives=False)
     observations = ObservationSampler(clock)
     samplers = {"prometheus": lambda: PrometheusSampler(config, clock), "embedded": lambda: observations,
                 "stub": StubSampler}
     sampler = samplers[config.slo]()
     hosts, origins = known_places(config)
-    secrets = [secret_path(config, hook) for hook in plan.hooks.values() if hook.secret_file]
+    secrets = [path_beside(config, path) for hook in plan.hooks.values()
+               for path in (hook.secret_file, hook.url_file) if path]
     root = Root(config.repo_root, own_files=own_files(config), closed_files=[*closed_files(config), *secrets],
                 protected=config.protected_paths, allow_secrets=config.allow_secrets)
     git = Git(root, clock, runs_hooks=config.git_hooks)
     corpus = Corpus(root, git, (config.db, config.state_path, config.state_dir))
     canaries = CanaryController(store, clock, config, plan, sampler, actuator, brakes)
     courier = Courier(store, clock, config, plan, actuator, brakes, canaries.note_actuation)
-    broker.hear = lambda event: (notices.hear(event), courier.hear(event))
+    jobs = JobRunner(store, clock, config, plan, brakes=brakes)
+    broker.hear = lambda event: (notices.hear(event), courier.hear(event), pass_on(jobs, event))
     return Services(
         config=config, plan=plan, clock=clock, store=store, broker=broker, repository=Repository(root, clock), git=git,
         commits=Commits(git, config.state_dir, config.protected_branches), survey=Survey(corpus, git, clock),
         finder=Finder(corpus, config.state_dir, clock, closed_files(config)),
         observations=observations, canaries=canaries, actuator=actuator, brakes=brakes, courier=courier,
-        jobs=JobRunner(store, clock, config, plan, brakes=brakes), keys=keys,
+        jobs=jobs, keys=keys,
         limiter=RateLimiter(config.rl_bucket, config.rl_window_ms), metrics=Metrics(),
         reads=ReadLog(store, clock), boot_id=secret[:8], started_s=clock.monotonic_s(), page=load_page(),
         hosts=hosts, origins=origins, proxies=tuple(ipaddress.ip_network(text, strict=False) for text in config.trusted_proxies),
@@ -19821,8 +20091,11 @@ class Server:
         services = self.services
         if services.holds_lease or services.is_draining:
             return
+        before = services.lease_holder
         services.holds_lease = services.brakes.drives = self._lease.try_acquire()
         services.lease_holder = self._lease.holder()
+        if services.lease_holder != before:
+            log.info("%s drives the evals and canaries of %s", services.lease_holder, services.config.db)
         if services.holds_lease:
             if self._has_http:
                 services.jobs.endpoint = Endpoint(self._base_url(), services.system_secret)
@@ -19972,7 +20245,7 @@ async def serve(config: Config, announce: Callable[[Server], None] = lambda serv
 
 
 # ==============================================================================
-# 78. Stdio -- one client by stdin and stdout, a JSON-RPC message a line
+# 79. Stdio -- one client by stdin and stdout, a JSON-RPC message a line
 # uses: Ground, Access, Exchange, Sessions, Toolkit, Rpc, Server
 # owns: terminal
 # ==============================================================================
@@ -20011,14 +20284,15 @@ class Line:
     def _read(self) -> None:
         """Hand over line after line, the last one empty; a line over the limit is cut, and so no JSON."""
         rest = b""
-        while chunk := os.read(self._stdin, 65536):
-            *lines, rest = (rest + chunk).split(b"\n")
-            rest = rest[:self._limit_bytes + 1]
-            for line in filter(bytes.strip, lines):
-                self._hand_over(line[:self._limit_bytes])
-        if rest.strip():
-            self._hand_over(rest)
-        self._hand_over(b"")
+        with contextlib.suppress(RuntimeError, OSError, concurrent.futures.CancelledError):  # the loop has ended meanwhile
+            while chunk := os.read(self._stdin, 65536):
+                *lines, rest = (rest + chunk).split(b"\n")
+                rest = rest[:self._limit_bytes + 1]
+                for line in filter(bytes.strip, lines):
+                    self._hand_over(line[:self._limit_bytes])
+            if rest.strip():
+                self._hand_over(rest)
+            self._hand_over(b"")
 
     def _hand_over(self, line: bytes) -> None:
         """Wait for room, so that a client that does not read its answers is not read either."""
@@ -20076,7 +20350,7 @@ async def _pass_on(line: Line, outlet: Outlet) -> None:
 
 
 # ==============================================================================
-# 79. Console -- commands about one canary, eval or gate: status, replay, backtest
+# 80. Console -- commands about one canary, eval or gate: status, replay, backtest
 # uses: Ground, Errors, Vocabulary, Config, Plan, Tables, Store, Backtest, RehearsalTools
 # owns: network
 # ==============================================================================
@@ -20147,18 +20421,19 @@ class Remote:
         """The document of a tool; None where it knows no such id. Raises AwayError, ConfigError."""
         message = to_json({"jsonrpc": "2.0", "id": 1, "method": "tools/call",
                            "params": {"name": tool, "arguments": arguments}})
-        with self._ask("POST", "/mcp", 10.0, message, **{"Content-Type": "application/json"}) as (response, _):
+        headers = {"Content-Type": "application/json"}
+        with self._ask("POST", "/mcp", 10.0, message, **headers) as (response, _):
             body = response.read()
         try:
             result = parse_json(body)["result"]
-            document = result["structuredContent"]
-        except (ValueError, TypeError, KeyError):
+            if not result.get("isError"):
+                return result["structuredContent"]
+            text, reason = result["content"][0]["text"], result["_meta"]["error"]["reason"]
+        except (ValueError, TypeError, LookupError):
             raise AwayError("no answer of an MCP server") from None
-        if not result.get("isError"):
-            return document
-        if document.get("reason") == "not_found":
+        if reason == "not_found":
             return None
-        raise ConfigError(f"{tool}: {document.get('error', 'refused')}")
+        raise ConfigError(f"{tool}: {text}")
 
     def listen(self, topic: str, after_id: str, find_left_s: Callable[[], float]
                ) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -20181,7 +20456,8 @@ class Remote:
 
     def find_state(self, entity_id: str) -> tuple[str, dict[str, Any]]:
         """(kind, document) of a canary or job. Raises ConfigError for an id that is neither."""
-        kinds = (("job", "status", {"jobId": entity_id}), ("canary", "canary_status", {"canaryId": entity_id, "limit": 1}))
+        kinds = (("job", "status", {"jobId": entity_id}),
+                 ("canary", "canary_status", {"canaryId": entity_id, "limit": 1}))
         for kind, tool, arguments in kinds if entity_id.startswith("job_") else kinds[::-1]:
             document = self.call(tool, **arguments)
             if document is not None:
@@ -20217,7 +20493,8 @@ def parse_policy_text(text: str) -> dict[str, Any]:
     return policy
 
 
-async def await_end(remote: Remote, entity_id: str, timeout_s: float, clock: Clock, say: Callable[[str], None]) -> int:
+async def await_end(remote: Remote, entity_id: str, timeout_s: float, clock: Clock,
+                    say: Callable[[str], None]) -> int:
     """Tell each step of a canary or job until it is final: 0 promoted or completed, 1 any other end, 3 too late.
 
     With a timeout of 0 only its present state. A server that is away is asked again until the time is
@@ -20281,7 +20558,8 @@ def replay_offline(db: str, canary_id: str, changes: Mapping[str, Any]) -> dict[
 async def backtest_offline(config: Config, arguments: Mapping[str, Any], tell: Callable[[int, int], None]
                            ) -> dict[str, Any]:
     """The document of `backtest`; the database is read where there is one. Raises ConfigError, Unavailable."""
-    plan = parse_plan(read_operator_file(config.config, "LUKHAS_MCP_CONFIG"), config.config) if config.config else Plan()
+    text = read_operator_file(config.config, "LUKHAS_MCP_CONFIG") if config.config else ""
+    plan = parse_plan(text, config.config)
     clock = SystemClock()
     sampler = make_backtest_sampler(config, clock)
     connection = None
@@ -20302,7 +20580,7 @@ async def backtest_offline(config: Config, arguments: Mapping[str, Any], tell: C
 
 
 # ==============================================================================
-# 80. Doctor -- what is wrong with this installation, and how to mend it
+# 81. Doctor -- what is wrong with this installation, and how to mend it
 # uses: Ground, Errors, Config, Plan, Access, Tables, Checkpoints, Prometheus, Lease
 # owns: database, files, processes
 # ==============================================================================
@@ -20482,7 +20760,7 @@ def _look_at_evals(config: Config, clock: Clock) -> _Lines:
 
 
 # ==============================================================================
-# 81. Upkeep -- the commands for a database and its audit log, without a server
+# 82. Upkeep -- the commands for a database and its audit log, without a server
 # uses: Ground, Errors, Vocabulary, Config, Chain, Checkpoints, Evidence, Custody, Doctor
 # owns: terminal
 # ==============================================================================
@@ -20592,7 +20870,7 @@ def command_doctor(options: argparse.Namespace, flags: dict[str, str]) -> int:
 
 
 # ==============================================================================
-# 82. Cli -- the command line
+# 83. Cli -- the command line
 # uses: Ground, Errors, Vocabulary, Config, Access, Store, Brakes, Finder, Toolkit, Server, Stdio, Console, Upkeep
 # owns: terminal, signals, network
 # ==============================================================================
@@ -20830,7 +21108,7 @@ async def _call_here(config: Config, name: str, arguments: dict[str, Any]) -> di
     services.broker.start(services.store)
     try:
         result = await call_tool(services, TOOLS[name], arguments, Principal(_CLI_ACTOR.name, "admin"), {})
-        return result["structuredContent"]
+        return result.get("structuredContent") or result["_meta"]["error"]
     finally:
         await services.store.stop()
 
