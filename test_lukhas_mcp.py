@@ -8355,7 +8355,7 @@ class TestHooks:
                         "promote", "model-1", "prod", "window_end_good", "promotion_1/promote")
                     [call] = world.store.load_deliveries(change_id)
                     assert (call.outcome["status"], call.outcome["output"], call.attempts) == (202, "said 202", 1)
-                    assert world.noted == [change_id]
+                    await until_true(lambda: world.noted == [change_id])
                     steps = [(event.kind, event.body["actuation"]) for event in world.store.told if event.step == "actuation"
                              and event.kind != "audit"]
                     assert steps == [("model", "pending"), ("model", "done")]
@@ -11025,12 +11025,13 @@ class TestGit:
     def test_no_process_and_no_descriptor_is_left(self, repo):
         git_ = open_git(repo)
         every_reading(git_.open())
-        before = len(os.listdir("/proc/self/fd"))
+        def held():  # children of other tests, such as a server that many share, may be there
+            children = pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            return len(os.listdir("/proc/self/fd")), len(children)
+        before = held()
         for _ in range(3):
             every_reading(git_.open())
-        assert len(os.listdir("/proc/self/fd")) == before
-        with pytest.raises(ChildProcessError):
-            os.waitpid(-1, os.WNOHANG)
+        assert held() == before
 
 
 # ==============================================================================
