@@ -6465,6 +6465,7 @@ def _criticize(reading: Reading) -> list[str]:
 
 
 _RETRY_S = 1.0
+_ANSWER_S = 2.0  # a locked database takes longer to say no; who stops something need not wait for that
 _FREEZE = "freeze"
 _SPANS_S = {"m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -6475,6 +6476,7 @@ class _Hold:
 
     kind: str
     value: Mapping[str, Any] | None = None
+    is_late: bool = False  # who asked has been answered
 
 
 class Brakes:
@@ -6502,40 +6504,39 @@ class Brakes:
                    value: Mapping[str, Any] | None = None) -> Result | None:
         """Hold `key` at once and store that by `work`; its answer.
 
-        None when the database can't commit: the stop holds here, `hold_of` tells so, and it is
-        stored later. Raises what `work` raises, and Unavailable in a process that drives nothing.
+        None when the database can't commit, or not soon: the stop holds here, `hold_of` tells so, and it
+        is stored later. Raises what `work` raises, and Unavailable in a process that drives nothing.
         """
         hold = self._holds[key] = _Hold(kind, value)
-        is_later = False
-        try:
-            return await self._store.write(work)
-        except Unavailable:
-            if not self.drives:
-                raise
-            is_later = True
-            task = asyncio.create_task(self._store_later(key, hold, work))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        writing = self._store.write(work)
+        # Not here but in a task, so that a caller who goes away leaves no stop half asked for.
+        task = asyncio.create_task(self._see_stored(key, hold, work, writing))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.wait({writing}, timeout=_ANSWER_S if self.drives else None)
+        if self.drives and (not writing.done() or isinstance(writing.exception(), Unavailable)):
+            hold.is_late = True
+            log.error("%s of %s holds in memory only: the database can't commit", kind, key)
             return None
-        finally:
-            if not is_later:
-                self._drop(key, hold)
+        self._drop(key, hold)
+        return writing.result()
 
     def _drop(self, key: str, hold: _Hold) -> None:
         if self._holds.get(key) is hold:
             del self._holds[key]
 
-    async def _store_later(self, key: str, hold: _Hold, work: Callable[[Transaction], Any]) -> None:
-        log.error("%s of %s holds in memory only: the database can't commit", hold.kind, key)
+    async def _see_stored(self, key: str, hold: _Hold, work: Callable[[Transaction], Any],
+                          writing: asyncio.Future[Any]) -> None:
         while self._holds.get(key) is hold:
+            await asyncio.wait({writing})
+            error = writing.exception()
+            if not isinstance(error, Unavailable) or not self.drives:
+                self._drop(key, hold)
+                if error and hold.is_late:
+                    log.error("%s of %s was not stored: %s", hold.kind, key, error)
+                return
             await self._clock.sleep(_RETRY_S)
-            try:
-                await self._store.write(lambda tx: work(tx) if self._holds.get(key) is hold else None)
-            except Unavailable:
-                continue
-            except LukhasError as error:
-                log.error("%s of %s was not stored: %s", hold.kind, key, error)
-            self._drop(key, hold)
+            writing = self._store.write(lambda tx: work(tx) if self._holds.get(key) is hold else None)
 
     async def stop(self) -> None:
         """Try no more; what is not stored by now is lost."""
@@ -12281,12 +12282,16 @@ class Passage:
     column: int
 
 
+_IS_WORD = tuple(byte >= 128 or chr(byte).isalnum() for byte in range(256))
 _MAX_PLACES = 60  # of one word: more do not find a better meeting
-_NEAR, _WIDE, _PAIR = 120, 300, 80  # characters
+_NEAR, _WIDE, _PAIR = 120, 300, 80  # bytes
 
 
-def find_passage(text: str, weights: Mapping[str, float]) -> Passage | None:
-    """The best passage of a text in lower case; None where no term begins a word of it."""
+def find_passage(text: bytes, weights: Mapping[str, float]) -> Passage | None:
+    """The best passage of a text in lower case and UTF-8; None where no term begins a word of it.
+
+    Bytes, since a text with one emoji in it takes four times as much memory as a str.
+    """
     places = sorted(_places(text, weights))
     if not places:
         return None
@@ -12294,19 +12299,20 @@ def find_passage(text: str, weights: Mapping[str, float]) -> Passage | None:
     wide, _ = _best_window(places, weights, _WIDE)
     words = list(weights)
     score = 12.0 * near + 3.0 * wide + 4.0 * _share_of_pairs(places, words)
-    return Passage(score, text.count("\n", 0, at), at - (text.rfind("\n", 0, at) + 1))
+    return Passage(score, text.count(b"\n", 0, at), at - (text.rfind(b"\n", 0, at) + 1))
 
 
-def _places(text: str, words: Collection[str]) -> Iterator[tuple[int, str]]:
+def _places(text: bytes, words: Collection[str]) -> Iterator[tuple[int, str]]:
     """(place, word) wherever a word begins like a term."""
     for word in words:
-        at, kept, tried = text.find(word), 0, 0
+        wanted = word.encode("utf-8", "replace")
+        at, kept, tried = text.find(wanted), 0, 0
         while at >= 0 and kept < _MAX_PLACES and tried < 8 * _MAX_PLACES:
             tried += 1
-            if at == 0 or not text[at - 1].isalnum():
+            if at == 0 or not _IS_WORD[text[at - 1]]:
                 kept += 1
                 yield at, word
-            at = text.find(word, at + len(word))
+            at = text.find(wanted, at + len(wanted))
 
 
 def _best_window(places: Sequence[tuple[int, str]], weights: Mapping[str, float], size: int) -> tuple[float, int]:
@@ -13541,8 +13547,8 @@ class Corpus:
         try:
             listed = self._git.open().list_files()
         except ToolError:  # no git here, no checkout, or a broken one
-            listed = self._walk()
-        return sorted(set(listed))
+            listed = list(self._walk())
+        return sorted(listed)  # almost sorted already: else this would hold up every thread
 
     def look(self, paths: Iterable[str]) -> Iterator[tuple[str, int, int]]:
         """(path, mtime_ns, size) of those that are regular files now."""
@@ -13674,11 +13680,12 @@ def _is_git_ignored(path: str, is_folder: bool, rules: tuple[_IgnoreRule, ...]) 
 # ==============================================================================
 # Every figure is a count of something that is there, with the place where it was seen; nothing is
 # rated. The count runs in a thread with an end in time, one for all who ask at once, and its answer
-# holds for half a minute. What was not reached is said: a figure is then of the files that were read.
+# holds for some seconds. What was read is remembered until the file changes: a count that was cut, which
+# is said, goes on where it ended when the next one asks. Only source files and manifests are read.
 
 
-_BOUND_S = 4.0
-_FRESH_S = 30.0
+_READING_S = 3.0
+_FRESH_S = 10.0
 _MAX_EVIDENCE = 50
 _MAX_LINE = 160
 
@@ -13741,8 +13748,10 @@ _SIGNS = tuple((topic, name, re.compile(path), line and re.compile(line, re.M)) 
     ("framework", "rails", r"(^|/)Gemfile$", r"""^[ \t]*gem ["']rails["'].*"""),
     ("framework", "spring-boot", r"(^|/)(pom\.xml|build\.gradle(\.kts)?)$", r".*spring-boot.*"),
 ))
+#: By the name alone: those that look at the folder too end in .yml.
 _PLACES = re.compile("|".join(f"(?:{where.pattern})" for _, _, where, _ in _SIGNS))
 _MAKE_TARGET = re.compile(r"^([A-Za-z][\w.-]*)[ \t]*:(?![:=])", re.M)
+_MAKEFILES = ("Makefile", "makefile", "GNUmakefile")
 _NPM_SCRIPTS = re.compile(r'"scripts"\s*:\s*\{([^{}]*)\}')
 _NPM_SCRIPT = re.compile(r'"([^"\\]+)"\s*:\s*"')
 
@@ -13762,9 +13771,23 @@ class Evidence:
         return {"name": self.name, "path": self.path, "line": self.line, "text": self.text}
 
 
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What one file says."""
+
+    lines: int
+    tests: int
+    imports: frozenset[str]
+    evidence: tuple[Evidence, ...]
+    utilities: tuple[str, ...]
+
+
+_NO_FACTS = _Facts(0, 0, frozenset(), (), ())
+
+
 @dataclass(slots=True)
 class Figures:
-    """What was counted. `files` and `size` are of all files, everything else of the `read` ones."""
+    """What was counted. `files`, `size` and `sources` are of all files, everything else of the `read` ones."""
 
     at_s: float
     commit: str | None = None
@@ -13813,13 +13836,14 @@ class Figures:
 
 
 class Survey:
-    """The figures of one repository, counted again when the last ones are half a minute old."""
+    """The figures of one repository, counted again when the last ones are some seconds old."""
 
     def __init__(self, corpus: Corpus, git: Git, clock: Clock):
         self._corpus = corpus
         self._git = git
         self._clock = clock
         self._last: Figures | None = None
+        self._known: dict[str, tuple[int, int, _Facts]] = {}
         self._running: asyncio.Task[Figures] | None = None
 
     async def figures(self) -> Figures:
@@ -13833,20 +13857,25 @@ class Survey:
     def _count(self) -> Figures:
         begun_s = self._clock.monotonic_s()
         figures = Figures(self._clock.now_s(), self._find_commit())
-        present = list(self._corpus.look(path for path in self._corpus.list_paths()
-                                         if self._corpus.is_open(path)))
+        present = list(self._corpus.look(path for path in self._corpus.list_paths() if self._corpus.is_open(path)))
         figures.files, figures.size = len(present), sum(size for _, _, size in present)
         figures.largest = sorted(((size, path) for path, _, size in present), reverse=True)[:10]
         figures.sources = [path for path, _, _ in present if _language(path)]
-        # What is near the top says most, so that it is read even when the time is short.
-        for path in sorted((path for path, _, _ in present), key=lambda path: (path.count("/"), path)):
-            if self._clock.monotonic_s() - begun_s > _BOUND_S:
-                figures.is_complete = False
-                break
-            document = self._corpus.read(path)
-            figures.read += 1
-            if document is not None:
-                _count_document(figures, path, document.text)
+        # What is near the top says most, so it is read first.
+        wanted = sorted((one for one in present if _may_tell(one[0])), key=lambda one: (one[0].count("/"), one[0]))
+        known: dict[str, tuple[int, int, _Facts]] = {}
+        until_s = self._clock.monotonic_s() + _READING_S
+        for path, mtime_ns, size in wanted:
+            former = self._known.get(path)
+            if former is None or former[:2] != (mtime_ns, size):
+                if self._clock.monotonic_s() > until_s:
+                    figures.is_complete = False
+                    continue
+                document = self._corpus.read(path)
+                former = mtime_ns, size, _read_facts(path, document.text if document else None)
+            known[path] = former
+            _add_facts(figures, path, former[2])
+        self._known = known
         figures.took_s = self._clock.monotonic_s() - begun_s
         return figures
 
@@ -13862,43 +13891,57 @@ def _language(path: str) -> str | None:
     return _LANGUAGES.get(suffix.lower()) if dot else None
 
 
-def _count_document(figures: Figures, path: str, text: str | None) -> None:
-    """Take one file into the figures; None is a binary one, or one over half a megabyte."""
+def _may_tell(path: str) -> bool:
+    """Whether a file is worth reading: a source file, or one whose name some sign is looked for in."""
+    name = path.rpartition("/")[2]
+    return name in _MAKEFILES or bool(_language(path) or _PLACES.search("/" + name))
+
+
+def _read_facts(path: str, text: str | None) -> _Facts:
+    """What a file says; None is a binary one, or one over half a megabyte."""
     if text is None:
-        return
+        return _NO_FACTS
+    tests, imports = 0, []
+    if _language(path):
+        tests = sum(len(begin.findall(text)) for where, begin in _TEST_KINDS if where.search(path))
+        imports = [first or second for first, second in _IMPORT.findall(text)] if path.endswith(".py") else []
     lines = text.count("\n") + (not text.endswith("\n") and bool(text))
-    figures.lines += lines
+    signs = tuple(_find_signs(path, text))
+    return _Facts(lines, tests, frozenset(imports), signs, _find_utilities(path, text))
+
+
+def _add_facts(figures: Figures, path: str, facts: _Facts) -> None:
+    figures.read += 1
     language = _language(path)
     if language:
         counts = figures.languages.setdefault(language, [0, 0])
-        counts[0], counts[1] = counts[0] + 1, counts[1] + lines
-        figures.modules[path] = lines
-        figures.tests += sum(len(begin.findall(text)) for where, begin in _TEST_KINDS if where.search(path))
-    if language == "Python":
-        figures.imported.update({first or second for first, second in _IMPORT.findall(text)})
-    if _PLACES.search(path):
-        _note_signs(figures, path, text)
-    figures.utilities += _find_utilities(path, text)
+        counts[0], counts[1] = counts[0] + 1, counts[1] + facts.lines
+        figures.modules[path] = facts.lines
+        figures.lines += facts.lines
+    figures.tests += facts.tests
+    figures.imported.update(facts.imports)
+    figures.utilities += facts.utilities
+    for one in facts.evidence:
+        figures.seen[one.topic, one.name] += 1
+        if figures.seen[one.topic, one.name] <= _MAX_EVIDENCE:
+            figures.evidence.append(one)
 
 
-def _note_signs(figures: Figures, path: str, text: str) -> None:
+def _find_signs(path: str, text: str) -> Iterator[Evidence]:
     for topic, name, where, sign in _SIGNS:
         found = where.search(path) and (sign.search(text) if sign else re.match("", text))
-        if not found:
-            continue
-        figures.seen[topic, name] += 1
-        if figures.seen[topic, name] <= _MAX_EVIDENCE:
+        if found:
             line = text.count("\n", 0, found.start()) + 1
             shown = text[found.start():].partition("\n")[0].strip() if sign else text.partition("\n")[0]
-            figures.evidence.append(Evidence(topic, name, path, line, shown[:_MAX_LINE]))
+            yield Evidence(topic, name, path, line, shown[:_MAX_LINE])
 
 
-def _find_utilities(path: str, text: str) -> list[str]:
+def _find_utilities(path: str, text: str) -> tuple[str, ...]:
     """What a developer may call: targets of the Makefile, scripts of the package.json at the top."""
-    if path in ("Makefile", "makefile", "GNUmakefile"):
-        return [f"make {name}" for name in dict.fromkeys(_MAKE_TARGET.findall(text))][:_MAX_EVIDENCE]
+    if path in _MAKEFILES:
+        return tuple(f"make {name}" for name in dict.fromkeys(_MAKE_TARGET.findall(text)))[:_MAX_EVIDENCE]
     scripts = _NPM_SCRIPTS.search(text) if path == "package.json" else None
-    return [f"npm run {name}" for name in _NPM_SCRIPT.findall(scripts[1])][:_MAX_EVIDENCE] if scripts else []
+    return tuple(f"npm run {name}" for name in _NPM_SCRIPT.findall(scripts[1]))[:_MAX_EVIDENCE] if scripts else ()
 
 
 def _module_names(path: str) -> tuple[str, ...]:
@@ -14277,7 +14320,7 @@ _READ_FILES = 24  # of the candidates of one search
 _BY_PATH = 100  # candidates where there is no index
 _SCANNED_FILES = 400  # in a repository of no more, all are read as long as there is no index
 _READ_BYTES = 200_000  # of one file
-_CACHED_CHARACTERS = 16 * 2**20
+_CACHED_BYTES = 16 * 2**20
 _MAX_FRESH = 200  # own writes that the index does not have yet
 _STALE_S = 4.0  # a search does not answer from an older sweep, if it can help it
 _SWEEP_WAIT_S = 1.0
@@ -14425,7 +14468,8 @@ class Finder:
         """One life of the indexer; why it ended, or None if it had made an index."""
         program = os.path.abspath(__file__)
         is_compiled = os.path.exists(importlib.util.cache_from_source(program))
-        cache = [] if is_compiled else ["-X", f"pycache_prefix={os.path.join(self._folder, 'compiled')}"]
+        prefix = sys.pycache_prefix or ("" if is_compiled else os.path.join(self._folder, "compiled"))
+        cache = ["-X", f"pycache_prefix={prefix}"] if prefix else []
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-S", *cache, "-c", _BOOT, program, stdin=asyncio.subprocess.PIPE,
@@ -14511,7 +14555,7 @@ class _Shelf:
         self._paths = PathList(())
         self._paths_s = -1e9
         self._fresh: dict[str, None] = {}
-        self._texts: collections.OrderedDict[str, tuple[int, int, str]] = collections.OrderedDict()
+        self._texts: collections.OrderedDict[str, tuple[int, int, bytes]] = collections.OrderedDict()
         self._cached = 0
 
     def note(self, paths: Collection[str]) -> None:
@@ -14586,8 +14630,9 @@ class _Shelf:
             if text is None:
                 found.pop(path, None)
                 continue
-            share = sum(weight for word, weight in weights.items() if word in text)
-            names = {name_key(name) for name in describe_text(path, text)[1]}.intersection(query.keys)
+            share = sum(weight for word, weight in weights.items() if word.encode("utf-8", "replace") in text)
+            defined = describe_text(path, text.decode("utf-8", "replace"))[1]
+            names = {name_key(name) for name in defined}.intersection(query.keys)
             if share or names or query.literal in path.lower():
                 one = found.setdefault(path, Found(path))
                 one.bm25, one.names = max(one.bm25, share * top), one.names | names
@@ -14614,8 +14659,8 @@ class _Shelf:
         snippet, line = cut_snippet(document.text or "", line, column)
         return Hit(one.path, snippet, line, round(score, 2))
 
-    def _read_lower(self, path: str) -> str | None:
-        """The beginning of a file in lower case, from memory if it has not changed; None for no document."""
+    def _read_lower(self, path: str) -> bytes | None:
+        """The beginning of a file in lower case and UTF-8, from memory if it has not changed; None for no document."""
         now = next(((mtime_ns, size) for _, mtime_ns, size in self._corpus.look((path,))), None)
         kept = self._texts.get(path)
         if kept is not None and kept[:2] == now:
@@ -14624,10 +14669,10 @@ class _Shelf:
         document = self._corpus.read_begin(path, _READ_BYTES) if now else None
         if document is None:
             return None
-        text = (document.text or "").lower()
-        self._cached += len(text) - len(self._texts.pop(path, (0, 0, ""))[2])
+        text = (document.text or "").lower().encode("utf-8", "replace")
+        self._cached += len(text) - len(self._texts.pop(path, (0, 0, b""))[2])
         self._texts[path] = (document.mtime_ns, document.size, text)
-        while self._cached > _CACHED_CHARACTERS:
+        while self._cached > _CACHED_BYTES:
             self._cached -= len(self._texts.popitem(last=False)[1][2])
         return text
 
@@ -15199,6 +15244,8 @@ class Notices:
             yield
         finally:
             self.streams[owner] -= 1
+            if not self.streams[owner]:
+                del self.streams[owner]
 
     def drain(self) -> None:
         """The server stops: end every stream, wake whoever waits."""
@@ -15723,6 +15770,7 @@ class ReadLog:
 # and by the words of its status; it stands before the files where a query names it.
 
 
+NAMES_WITHIN = 1000  # characters of a query
 RECENT = 100  # of each kind are looked at; an older one is found by its id
 STATUS_WORDS = {
     "QUEUED": "waiting", "RUNNING": "active progress", "COMPLETED": "done passed success succeeded", "PENDING": "waiting",
@@ -15824,7 +15872,7 @@ def find_operation(store: Store, key: str) -> Operation | None:
 
 def list_operations(store: Store, text: str) -> Iterator[Operation]:
     """Those that a text names by their ids; and the recent ones, if it says anything of operations."""
-    chunks = list(dict.fromkeys(re.findall(ID_PATTERN, text[:1000])))[:16]
+    chunks = list(dict.fromkeys(re.findall(ID_PATTERN, text[:NAMES_WITHIN])))[:16]
     for chunk in chunks:
         for key in (chunk, f"model:{chunk}"):
             if named := find_operation(store, key):
@@ -15841,7 +15889,7 @@ def rank_operations(text: str, operations: Iterable[Operation]) -> list[tuple[fl
     It means one whose name stands in it as a whole, with at least half of the words fitting; or one
     that all words fit, if one of them is a word of operations and not of files.
     """
-    terms, lower = list(parse_query(text).terms), text.lower()
+    terms, lower = list(parse_query(text).terms), text[:NAMES_WITHIN].lower()
     is_about_ours = not OUR_WORDS.isdisjoint(terms)
     ranked: dict[str, tuple[float, str, Operation]] = {}
     for one in operations:
@@ -15923,7 +15971,8 @@ async def tool_search(services: Services, call: Call) -> ToolResult:
     if not text.strip():
         raise InvalidArguments("query is blank; give words, a name, a part of a path, or an id")
     operations = rank_operations(text, list_operations(services.store, text))[:(limit + 1) // 2]
-    hits, is_whole = await services.finder.find(text, limit - len(operations))
+    left = limit - len(operations)
+    hits, is_whole = await services.finder.find(text, left) if left else ([], True)
     rows = [operation_row(services, one, score) for score, one in operations]
     rows += [file_row(services, hit) for hit in hits]
     state = services.finder.state
@@ -15945,7 +15994,7 @@ def describe_gap(state: IndexState) -> str:
 
 # ==============================================================================
 # 59. Works -- what goes on behind an answer: evals and canaries, waited for or taken as tasks
-# uses: Ground, Vocabulary, Exchange, Sessions, Toolkit
+# uses: Ground, Vocabulary, Schema, Watch, Exchange, Sessions, Toolkit
 # ==============================================================================
 # The row in the database is the work, whoever waits for it: a task is found again after a restart,
 # and a client that goes away takes nothing with it, unless it cancels, which really stops the work.
@@ -16002,23 +16051,62 @@ class CanaryWork:
         if canary is None:
             return None
         is_stopped = canary.status is CanaryStatus.ROLLED_BACK and canary.reason == "aborted"
-        word = "cancelled" if is_stopped else "completed" if canary.status.is_final else "working"
+        requests = _ask_approval(services, canary)
+        word = ("cancelled" if is_stopped else "completed" if canary.status.is_final else
+                "input_required" if requests else "working")
         total_s = canary.effective.get("windowSeconds") or canary.policy.get("windowSeconds")
         passed_s = max(0.0, services.clock.now_s() - canary.started_s)
         done_s = round(passed_s if total_s is None else min(passed_s, total_s), 1)
         if canary.status is CanaryStatus.PENDING:
             done_s = 0.0
+        message = f"{work_id} is {canary.status}" + (f": {canary.reason}" if canary.reason else "")
         return WorkState(work_id, canary.actor, word, canary.created_at, canary.updated_at,
-                         f"{work_id} is {canary.status}" + (f": {canary.reason}" if canary.reason else ""),
-                         done_s, total_s, {**canary.to_wire(), "reason": canary.reason,
-                                           "effectivePolicy": canary.effective})
+                         message + _way_to_approve(services, canary), done_s, total_s, {**canary.to_wire(), "reason": canary.reason,
+                                           "effectivePolicy": canary.effective}, requests=requests)
 
     async def cancel(self, services: Services, work_id: str, actor: Actor) -> None:
         """Roll the canary back."""
         await services.canaries.abort(work_id, actor, "its caller cancelled the call")
 
     async def take(self, services: Services, work_id: str, answers: Mapping[str, Any], actor: Actor) -> None:
-        """A canary asks nothing here; approve_canary is for that."""
+        """Promote on a yes, roll back on a no; whoever leaves the question open leaves the canary waiting."""
+        state = self.find(services, work_id)
+        for key, request in state.requests.items() if state else ():
+            said = answers.get(key)
+            if said is None or find_answer_fault(request, said) or said["action"] == "cancel":
+                continue
+            if said["action"] == "accept" and said["content"]["approve"] is True:
+                await services.canaries.approve(work_id, actor, "the person at the client agreed")
+            else:
+                await services.canaries.abort(work_id, actor, "the person at the client declined")
+
+
+def _waits_for_yes(canary: Canary) -> bool:
+    return canary.status is CanaryStatus.PAUSED and canary.reason != HELD
+
+
+def _needs_another(services: Services, canary: Canary) -> bool:
+    """Whether the operator lets only another key than the starter's approve."""
+    limits = services.plan.gates.get(canary.to_gate)
+    return limits is not None and limits.promote == "approve"
+
+
+def _way_to_approve(services: Services, canary: Canary) -> str:
+    """The command, and the page where there is a public one, by which a person ends the wait."""
+    if not _waits_for_yes(canary):
+        return ""
+    base = services.config.public_url.rstrip("/")
+    return (f"; approve_canary with canaryId {canary.canary_id} promotes it"
+            + (", by another key than its starter's" if _needs_another(services, canary) else "")
+            + (f" ({base}/cockpit.html#/why/{canary.canary_id})" if base else ""))
+
+
+def _ask_approval(services: Services, canary: Canary) -> dict[str, dict[str, Any]]:
+    """What the client of its starter is asked about a canary that waits for a yes."""
+    if not _waits_for_yes(canary) or _needs_another(services, canary):
+        return {}
+    return {"approve": elicit(f"Promote {canary.model_id} to {canary.to_gate}? Its canary is over: {canary.reason}.",
+                              approve=boolean("Yes, promote it; no rolls it back."))}
 
 
 JOB_WORK = JobWork()
@@ -16657,7 +16745,7 @@ async def tool_get_code_analysis(services: Services, call: Call) -> ToolResult:
         "health_score": "100 x pass_rate of the newest eval whose result has one (health_evidence); null: there is "
                         "none",
         "code_quality": "null: this server runs no linter; make one a task in lukhas.toml and ask run_eval",
-        "total_files": f"regular files, {_COUNTED}", "total_lines": "newlines of text files up to 512 KiB",
+        "total_files": f"regular files, {_COUNTED}", "total_lines": "lines of source files up to 512 KiB",
         "languages": "by the ending of the name", "largest_files": "by size in bytes",
         "most_imported": "Python files with an absolute import of a module of this repository"}),
                       is_untrusted=True)
@@ -18803,7 +18891,7 @@ async def rpc_completion_complete(services: Services, peer: Peer, params: dict[s
 
 # ==============================================================================
 # 72. Listening -- streams and tasks of the stateless era
-# uses: Errors, Vocabulary, Sessions, Toolkit, Works, Rpc, Methods
+# uses: Errors, Vocabulary, Exchange, Sessions, Toolkit, Works, Rpc, Methods
 # ==============================================================================
 
 
@@ -18855,7 +18943,7 @@ def _subscribe(services: Services, peer: Peer, listener: Listener, wanted: Mappi
         _check_tasks(params)
         for task_id in task_ids:
             work = _find_task(services, peer, task_id)[0]
-            listener.works[task_id] = lambda work=work, task_id=task_id: _tell_task(services, work, task_id)
+            listener.works[task_id] = functools.partial(_tell_task, services, work, task_id, _capabilities_of(params))
         honoured["taskIds"] = task_ids
     return honoured
 
@@ -18877,9 +18965,13 @@ def list_works() -> list[tuple[Work, str]]:
     return list({id(one.work): (one.work, one.role) for one in TOOLS.values() if one.work}.values())
 
 
+def _capabilities_of(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    return params["_meta"]["io.modelcontextprotocol/clientCapabilities"]
+
+
 def _check_tasks(params: Mapping[str, Any]) -> None:
     """Whoever asks for tasks must have declared them in this very request. Raises MissingCapability."""
-    declared = params["_meta"]["io.modelcontextprotocol/clientCapabilities"].get("extensions")
+    declared = _capabilities_of(params).get("extensions")
     if not isinstance(declared, dict) or TASKS not in declared:
         raise MissingCapability(f"this needs a client that declares the extension {TASKS}", data=TASKS_NEEDED)
 
@@ -18893,16 +18985,25 @@ def _find_task(services: Services, peer: Peer, task_id: object) -> tuple[Work, W
     raise InvalidParams(f"Unknown task: {str(task_id)[:80]}")
 
 
-def _tell_task(services: Services, work: Work, task_id: str) -> dict[str, Any] | None:
+def _tell_task(services: Services, work: Work, task_id: str, capabilities: Mapping[str, Any]) -> dict[str, Any] | None:
     state = work.find(services, task_id)
-    return state and to_task(state, is_full=True)
+    return state and to_task(_fit_requests(state, capabilities), is_full=True)
+
+
+def _fit_requests(state: WorkState, capabilities: Mapping[str, Any]) -> WorkState:
+    """The state without questions that this client can't put to anyone; to it the task just goes on."""
+    client = ModernExchange(None, capabilities, None, None, {})
+    requests = {key: request for key, request in state.requests.items() if client.can(ASKED_BY[request["method"]])}
+    is_left = state.status == "input_required" and not requests
+    return dataclasses.replace(state, requests=requests, status="working" if is_left else state.status)
 
 
 @method("tasks/get", legacy=False)
 async def rpc_tasks_get(services: Services, peer: Peer, params: dict[str, Any]):
     """Tell how a task stands, with its result once it has ended."""
     _check_tasks(params)
-    return to_task(_find_task(services, peer, params.get("taskId"))[1], is_full=True)
+    state = _find_task(services, peer, params.get("taskId"))[1]
+    return to_task(_fit_requests(state, _capabilities_of(params)), is_full=True)
 
 
 @method("tasks/update", legacy=False)
@@ -18913,7 +19014,10 @@ async def rpc_tasks_update(services: Services, peer: Peer, params: dict[str, Any
     if not isinstance(params.get("inputResponses"), dict):
         raise InvalidParams("inputResponses must be an object")
     _check_role(peer, role)
-    await work.take(services, state.work_id, params["inputResponses"], Actor(peer.principal.name, peer.origin))
+    try:
+        await work.take(services, state.work_id, params["inputResponses"], Actor(peer.principal.name, peer.origin))
+    except ToolError as error:
+        raise InvalidParams(error.message) from None
     return {}
 
 
@@ -19118,26 +19222,38 @@ async def route_mcp(services: Services, request: Request) -> Response:
 def _message_response(services: Services, outlet: Outlet, owners: tuple[str, ...],
                       close: Callable[[], None]) -> Response:
     headers = [("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")]
-    return Response(200, headers, b"", "text/event-stream", _message_stream(services, outlet, owners, close))
+    return Response(200, headers, b"", "text/event-stream", MessageStream(services.notices, outlet, owners, close))
 
 
-async def _message_stream(services: Services, outlet: Outlet, owners: tuple[str, ...],
-                          close: Callable[[], None]) -> AsyncIterator[bytes]:
-    """JSON-RPC messages as server-sent events, until the outlet ends or the client leaves."""
-    with contextlib.ExitStack() as stack:
-        stack.callback(close)
+class MessageStream:
+    """JSON-RPC messages as server-sent events, until the outlet ends or the client leaves.
+
+    It counts as open for its owners from the start, and is closed even if nobody ever read from it.
+    """
+
+    def __init__(self, notices: Notices, outlet: Outlet, owners: tuple[str, ...], close: Callable[[], None]):
+        self._outlet = outlet
+        self._stack = contextlib.ExitStack()
+        self._stack.callback(close)
         for owner in owners:
-            stack.enter_context(services.notices.stream(owner))
-        while True:
-            try:
-                async with asyncio.timeout(HEARTBEAT_S):
-                    messages = await outlet.take()
-            except TimeoutError:
-                yield b": keep-alive\n\n"
-                continue
-            if not messages:
-                return
-            yield b"".join(b"event: message\ndata: %s\n\n" % to_json(message) for message in messages)
+            self._stack.enter_context(notices.stream(owner))
+
+    def __aiter__(self) -> MessageStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            async with asyncio.timeout(HEARTBEAT_S):
+                messages = await self._outlet.take()
+        except TimeoutError:
+            return b": keep-alive\n\n"
+        if not messages:
+            raise StopAsyncIteration
+        return b"".join(b"event: message\ndata: %s\n\n" % to_json(message) for message in messages)
+
+    async def aclose(self) -> None:
+        """The stream is over, or was never begun."""
+        self._stack.close()
 
 
 @route("GET", "/mcp", access="viewer", cost=1, is_plain=True)
@@ -19817,6 +19933,8 @@ class Connection(asyncio.Protocol):
                 self._log(request, response.status, started_s)
                 await self._send_stream(request, response)
                 return False
+        if response.stream is not None:
+            await response.stream.aclose()  # nobody will read it; whatever feeds it must know
         self._log(request, response.status, started_s)
         if not is_open:
             self._linger()
