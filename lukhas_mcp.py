@@ -3222,11 +3222,22 @@ class KeptWrites(KeptReads):
             "DELETE FROM events WHERE id<=(SELECT max(id) FROM events)-? AND id<(SELECT min(id) FROM events)+?",
             (kept, _SWEPT_AT_ONCE)).rowcount
 
-    def sweep_samples(self, before: str) -> int:
-        """Forget samples of canaries that ended before a time, but never of a promoted one; tells how many."""
+    def sweep_large_events(self, kept_bytes: int) -> int:
+        """Forget the oldest events behind so many bytes of newer ones; it reads them all, so not often."""
+        row = self._one("SELECT max(id) FROM (SELECT id, sum(length(body_json)) OVER (ORDER BY id DESC) AS total "
+                        "FROM events) WHERE total>?", kept_bytes)
+        return self._connection.execute("DELETE FROM events WHERE id<=? AND id<(SELECT min(id) FROM events)+?",
+                                        (row[0] or 0, _SWEPT_AT_ONCE)).rowcount
+
+    def sweep_samples(self, before: str, kept: int) -> int:
+        """Forget samples of canaries that ended before a time, or behind `kept` newer ones; tells how many.
+
+        Never those of a promoted canary, nor of one under way.
+        """
         return self._connection.execute(
             "DELETE FROM canary_metrics WHERE id IN (SELECT m.id FROM canaries c JOIN canary_metrics m USING (canary_id) "
-            "WHERE c.status IN ('ROLLED_BACK','FAILED') AND c.updated_at<? LIMIT ?)", (before, _SWEPT_AT_ONCE)).rowcount
+            "WHERE c.status IN ('ROLLED_BACK','FAILED') AND (c.updated_at<? OR m.id<=(SELECT max(id) FROM canary_metrics)-?) "
+            "LIMIT ?)", (before, kept, _SWEPT_AT_ONCE)).rowcount
 
     def drop_audits(self, last_id: int) -> None:
         """Remove the audit rows to an id, which were sealed, with their links and lines."""
@@ -3487,6 +3498,8 @@ _JOB = "job_id, task_id, config_id, status, started_at, updated_at, result_json,
 _CANARY = "canary_id, model_id, from_gate, to_gate, status, created_at, updated_at, policy_json, effective_json, " \
           "reason, actor, idempotency_key, started_s, watch_until_s"
 _SAMPLE = "created_at, latency_p95_ms, error_rate, source, raw_data"
+_IS_REFERRED = "EXISTS (SELECT 1 FROM audit_links l JOIN audits a ON a.id=l.audit_id WHERE l.entity_id={} AND a.action IN " \
+               "('promote_model','canary_start','canary_promote'))"
 _COLUMN_OF = {"result": "result_json", "progress": "progress_json", "effective": "effective_json"}
 
 
@@ -3533,6 +3546,10 @@ class Reads(KeptReads):
         rows = self._all(f"SELECT {_JOB} FROM jobs WHERE {where} ORDER BY started_at DESC, rowid DESC LIMIT ?",
                          *values, limit)
         return [_to_job(row) for row in rows]
+
+    def is_referred(self, job_id: str) -> bool:
+        """Whether a canary or a promotion refers to a job."""
+        return bool(self._all(f"SELECT {_IS_REFERRED.format('?')}", job_id)[0][0])
 
     def find_canary(self, canary_id: str) -> Canary | None:
         row = self._one(f"SELECT {_CANARY} FROM canaries WHERE canary_id=?", canary_id)
@@ -3735,8 +3752,7 @@ class Transaction(Reads, KeptWrites, LedgerWrites):
     def delete_jobs_before(self, ts: str) -> list[str]:
         """Forget final jobs not touched since `ts`, but those that a canary or promotion refers to."""
         rows = self._all("SELECT job_id FROM jobs WHERE updated_at<? AND status NOT IN ('QUEUED','RUNNING') "
-                         "AND job_id NOT IN (SELECT l.entity_id FROM audit_links l JOIN audits a ON a.id=l.audit_id "
-                         "WHERE a.action IN ('promote_model','canary_start','canary_promote'))", ts)
+                         f"AND NOT {_IS_REFERRED.format('job_id')}", ts)
         self._connection.executemany("DELETE FROM jobs WHERE job_id=?", rows)
         self._connection.executemany("DELETE FROM events WHERE kind='job' AND entity_id=?", rows)
         return [row[0] for row in rows]
@@ -10228,6 +10244,7 @@ BUILTIN_TIMEOUT_S = 60.0
 INTERRUPTED = "interrupted"
 _TICK_S = 0.5  # at most two progress events a second
 _LAUNCH_RETRY_S = 2.0  # after the database was away
+MAX_ARTIFACT_TOTAL_BYTES = 8 << 30  # and no more than a quarter of the disk
 
 
 @dataclass(slots=True)
@@ -10329,7 +10346,8 @@ class JobRunner:
         return job or _as_cancelled(self._store, job_id, actor)
 
     async def sweep(self) -> list[str]:
-        """Forget jobs older than the time to live, and remove the folders that no row refers to."""
+        """Forget jobs older than the time to live; remove the folders that no row refers to, and the oldest
+        behind the total size of artifacts."""
         before_s = self._clock.now_s() - self._config.job_ttl_ms / 1000
 
         def work(tx: Transaction) -> list[str]:
@@ -10342,7 +10360,9 @@ class JobRunner:
         job_ids = await self._store.write(work)
         lost = [name for name in await asyncio.to_thread(_old_folders, self._folder, before_s)
                 if self._store.find_job(name) is None]
-        for name in {*job_ids, *lost}:
+        over = [name for name in await asyncio.to_thread(_folders_over, self._folder, MAX_ARTIFACT_TOTAL_BYTES)
+                if (job := self._store.find_job(name)) and job.status.is_final and not self._store.is_referred(name)]
+        for name in {*job_ids, *lost, *over}:
             await asyncio.to_thread(shutil.rmtree, os.path.join(self._folder, name), ignore_errors=True)
         return job_ids
 
@@ -10392,6 +10412,8 @@ class JobRunner:
             self._launch(job)
 
     def _launch(self, job: Job) -> None:
+        if job.job_id in self._runs:
+            return  # the driver has seen its row before whoever queued it was answered
         run = self._runs[job.job_id] = _Run(job, asyncio.get_running_loop().create_future())
         run.task = asyncio.create_task(self._run(run))
 
@@ -10588,6 +10610,21 @@ def _old_folders(folder: str, before_s: float) -> list[str]:
     with contextlib.suppress(OSError):
         return [entry.name for entry in os.scandir(folder) if entry.stat().st_mtime < before_s]
     return []
+
+
+def _folders_over(folder: str, limit_bytes: int) -> list[str]:
+    """Names of the oldest job folders, behind so many bytes in newer ones."""
+    with contextlib.suppress(OSError):
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.stat().st_mtime, reverse=True)
+        totals = itertools.accumulate(_tree_bytes(entry.path) for entry in entries)
+        limit_bytes = min(limit_bytes, shutil.disk_usage(folder).total // 4)
+        return [entry.name for entry, total in zip(entries, totals) if total > limit_bytes]
+    return []
+
+
+def _tree_bytes(folder: str) -> int:
+    """What the files of a folder take on the disk."""
+    return sum(os.lstat(os.path.join(where, name)).st_blocks * 512 for where, _, names in os.walk(folder) for name in names)
 
 
 # ==============================================================================
@@ -19585,13 +19622,15 @@ def _replace_file(path: str, content: bytes) -> None:
 # 76. Rounds -- what a running server does now and then: checkpoints, retention, keys read again
 # uses: Ground, Errors, Vocabulary, Config, Access, Store, Checkpoints, Toolkit
 # ==============================================================================
-# Bounded are the events (a subscriber who missed some is told by `gap`) and the samples of old
-# canaries that came to nothing. Audit rows go only by the hand of an operator (`audit seal`).
+# Bounded, by age or number and by size, are the events (a subscriber who missed some is told by `gap`),
+# the samples of canaries that came to nothing, jobs with their artifacts, and the old contents of files.
+# Audit rows go only by the hand of an operator (`audit seal`).
 
 
-KEPT_EVENTS = 100_000
-_SAMPLES_KEPT_S = 90 * 86400.0
+KEPT_EVENTS, _KEPT_EVENT_BYTES = 100_000, 256 * 2**20
+_KEPT_SAMPLES, _SAMPLES_KEPT_S = 1_000_000, 90 * 86400.0
 _HISTORY_SWEEP_S = 60.0
+_JOBS_SWEEP_S = 3600.0
 
 
 class Housekeeping:
@@ -19602,6 +19641,7 @@ class Housekeeping:
         self._checkpoints = CheckpointFile(services.store, services.clock)
         self._is_begun = False
         self._swept_s = services.clock.monotonic_s()
+        self._jobs_due_s = self._swept_s
 
     async def turn(self, *, is_last: bool = False) -> None:
         """One round; the last one is made when all is written and the database still open."""
@@ -19615,17 +19655,26 @@ class Housekeeping:
             with contextlib.suppress(Unavailable):
                 await services.store.write(lambda tx: None)  # all that was queued before it is committed
         await self._checkpoints.save(is_last=is_last)
-        if services.clock.monotonic_s() - self._swept_s >= _HISTORY_SWEEP_S and not is_last:
-            self._swept_s = services.clock.monotonic_s()
+        if not is_last:
+            await self._sweep(services.clock.monotonic_s())
+
+    async def _sweep(self, now_s: float) -> None:
+        services = self._services
+        if now_s - self._swept_s >= _HISTORY_SWEEP_S:
+            self._swept_s = now_s
             await services.store.write(_sweep_history)
+        if now_s >= self._jobs_due_s:
+            self._jobs_due_s = now_s + _JOBS_SWEEP_S
+            await services.jobs.sweep()
+            await services.store.write(lambda tx: (tx.sweep_contents(), tx.sweep_large_events(_KEPT_EVENT_BYTES)))
 
 
 def _sweep_history(tx: Transaction) -> None:
     tx.sweep_events(KEPT_EVENTS)
     before = utc_text(tx.now_s - _SAMPLES_KEPT_S)
-    count = tx.sweep_samples(before)
+    count = tx.sweep_samples(before, _KEPT_SAMPLES)
     if count:
-        sentence = f"{count} samples were forgotten, of canaries that had ended without a promotion before {before}"
+        sentence = f"{count} samples were forgotten, of canaries that came to nothing (kept: since {before}, {_KEPT_SAMPLES} at most)"
         tx.record(AuditRecord(SYSTEM_ACTOR, "samples_sweep", (), sentence, {"count": count}))
 
 

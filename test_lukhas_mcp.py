@@ -9588,6 +9588,37 @@ class TestJobs:
                 assert await bench.runner.sweep() == []
         run_async(run())
 
+    def test_the_oldest_artifacts_make_room_but_none_that_a_promotion_refers_to(self, tmp_path, monkeypatch):
+        task = shell_task("unit", "dd if=/dev/zero of=$LUKHAS_EVAL_OUT/big bs=65536 count=1 2>/dev/null")
+
+        async def run():
+            async with open_bench(tmp_path, [task]) as bench:
+                jobs = [await bench.run("unit") for _ in range(4)]
+                for at, job in enumerate(jobs):
+                    os.utime(bench.state / job.job_id, (2e9 + at, 2e9 + at))
+                await bench.store.write(lambda tx: tx.record(lm.AuditRecord(ANNA, "promote_model", (jobs[0].job_id,), "x")))
+                monkeypatch.setattr(lm, "MAX_ARTIFACT_TOTAL_BYTES", 150_000)
+                assert await bench.runner.sweep() == []
+                assert {path.name for path in bench.state.iterdir()} == {jobs[at].job_id for at in (0, 2, 3)}
+                assert bench.store.find_job(jobs[1].job_id) == jobs[1]  # its row stays
+        run_async(run())
+
+    def test_a_job_is_launched_once_though_the_driver_saw_it_first(self, tmp_path, monkeypatch, caplog):
+        async def run():
+            async with open_bench(tmp_path) as bench:
+                write = bench.store.write
+
+                async def write_and_drive(work):
+                    found = await write(work)
+                    bench.runner._launch_waiting()
+                    return found
+                monkeypatch.setattr(bench.store, "write", write_and_drive)
+                job = await bench.run("nobody-defined-this")
+                await bench.until(lambda: not bench.runner._runs)
+                assert bench.actions(job.job_id) == ["run_eval", "eval_failed"]
+        run_async(run())
+        assert not caplog.records
+
     def test_pytest_with_report_log_and_junit(self, tmp_path):
         need_module("pytest_reportlog")
         (tmp_path / "repo").mkdir()
@@ -16194,10 +16225,34 @@ class TestRounds:
                 assert await store.write(lambda tx: tx.sweep_events(10)) == 21
                 assert await store.write(lambda tx: tx.sweep_events(10)) == 0
                 assert store.oldest_event_id() == 22 and store.newest_event_id() == 31
-                assert await store.write(lambda tx: tx.sweep_samples("2025-01-01T00:00:00.000Z")) == 1
+                assert await store.write(lambda tx: tx.sweep_samples("2025-01-01T00:00:00.000Z", 100)) == 1
                 assert [len(store.load_samples(f"canary_{at:08}")) for at in range(4)] == [0, 1, 1, 1]
+                assert await store.write(lambda tx: tx.sweep_samples("2025-01-01T00:00:00.000Z", 0)) == 1
+                assert [len(store.load_samples(f"canary_{at:08}")) for at in range(4)] == [0, 1, 1, 0]
+                await store.write(lambda tx: [tx.publish("job", "job_1", "s", {"text": "x" * 1000}) for _ in range(20)] and None)
+                assert await store.write(lambda tx: tx.sweep_large_events(5000)) == 26
+                assert await store.write(lambda tx: tx.sweep_large_events(5000)) == 0
+                assert (store.oldest_event_id(), store.newest_event_id()) == (48, 51)
                 assert store.count("audits") == 1
         run_async(story())
+
+    def test_old_jobs_and_contents_are_swept_hourly_by_the_holder_of_the_lease(self, make_server):
+        """The rounds of a real server do it: a job over age goes with its folder, one under age stays."""
+        server = make_server()
+        jobs = [server.call("run_eval", taskId="probe", configId="c")["jobId"] for _ in range(2)]
+        for job_id in jobs:
+            server.wait_for("status", jobId=job_id)
+        server.stop()
+        folder = next((server.folder / "state").glob("lukhas-mcp/*")) / "jobs" / jobs[0]
+        folder.mkdir(parents=True)
+        os.utime(folder, (1e9, 1e9))
+        with contextlib.closing(sqlite3.connect(server.db, isolation_level=None)) as connection:
+            connection.execute("UPDATE jobs SET updated_at='2024-01-01T00:00:00.000Z' WHERE job_id=?", (jobs[0],))
+            connection.execute("INSERT INTO kept_contents (sha256, at_s, size, content) VALUES ('00', 1, 1, 'x')")
+        server.start()
+        wait_until(lambda: [one["jobId"] for one in server.call("list_jobs")["jobs"]] == [jobs[1]], what="the sweep")
+        wait_until(lambda: not folder.exists() and read_rows(server.db, "SELECT count(*) FROM kept_contents") == [(0,)])
+        assert read_rows(server.db, "SELECT count(*) FROM audits WHERE action='jobs_sweep'") == [(1,)]
 
 
 # ==============================================================================
