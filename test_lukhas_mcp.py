@@ -119,7 +119,8 @@ Contents:
   90. Bench        figures beside a bare peer in the same run: `python3 test_lukhas_mcp.py bench`
   91. Misuse       bad input and bad days: a clear error each, and nothing lost or half written
   92. Conformance  the official suite, strict, on a server with its fixtures and on the real one
-  93. Main         what the command line means
+  93. Clients      real ones: Python, TypeScript of both generations, the Inspector
+  94. Main         what the command line means
 """
 
 from __future__ import annotations
@@ -21033,7 +21034,209 @@ class TestConformance:
 
 
 # ==============================================================================
-# 93. Main -- what the command line means
+# 93. Clients -- real ones: Python, TypeScript of both generations, the Inspector
+# uses: Front, Fakes, Conformance
+# ==============================================================================
+# Each one lists, searches, runs an eval with progress, reads and subscribes a resource, completes an
+# argument and cancels, in the eras that it speaks, as an application that uses it would.
+
+
+SEARCH = {"query": "guide"}
+STEPS = {"taskId": "steps", "configId": "ci"}
+LONG = {"taskId": "long", "configId": "ci"}
+VISIT = r"""
+const [folder, kind, url, mode] = process.argv.slice(1);
+const base = `${folder}/node_modules/@modelcontextprotocol/`;
+const isNew = kind === 'v2';
+const load = path => import(base + path);
+const {Client, StreamableHTTPClientTransport} = isNew ? await load('client/dist/index.mjs') : {
+  ...await load('sdk/dist/esm/client/index.js'), ...await load('sdk/dist/esm/client/streamableHttp.js')};
+const types = isNew ? {} : await load('sdk/dist/esm/types.js');
+const client = new Client({name: kind, version: '1'}, isNew ? {versionNegotiation: {mode}} : {});
+await client.connect(new StreamableHTTPClientTransport(new URL(url)));
+const call = (name, args, options) => isNew ? client.callTool({name, arguments: args}, options)
+  : client.callTool({name, arguments: args}, undefined, options);
+const out = {};
+out.version = client.getNegotiatedProtocolVersion?.();
+out.tools = (await client.listTools()).tools.map(tool => tool.name);
+out.resources = (await client.listResources()).resources.length;
+out.templates = (await client.listResourceTemplates()).resourceTemplates.length;
+out.prompts = (await client.listPrompts()).prompts.map(prompt => prompt.name);
+out.search = (await call('search', {query: 'guide'})).structuredContent.ids.length;
+out.file = (await client.readResource({uri: 'lukhas://file/docs/guide.md'})).contents[0].text;
+out.complete = (await client.complete({ref: {type: 'ref/prompt', name: 'plan_promotion'}, argument: {name: 'gate', value: 'pr'}})).completion.values;
+const updated = [];
+let wake = () => {};
+const heard = note => { updated.push(note.params.uri); wake(); };
+client.setNotificationHandler(isNew ? 'notifications/resources/updated' : types.ResourceUpdatedNotificationSchema, heard);
+const uri = `lukhas://model/${kind}-${mode}`;
+const isModern = isNew && mode !== 'legacy';
+const subscription = isModern ? await client.listen({resourceSubscriptions: [uri]}) : await client.subscribeResource({uri});
+const progress = [];
+const done = await call('run_eval', {taskId: 'steps', configId: 'ci'}, {onprogress: one => progress.push(one.progress), resetTimeoutOnProgress: true});
+out.eval = done.structuredContent.status;
+out.progress = progress;
+await call('promote_model', {modelId: `${kind}-${mode}`, gate: 'stage'});
+while (!updated.length) await new Promise(resolve => { wake = resolve; });
+out.updated = updated[0];
+const stop = new AbortController();
+let job;
+try {
+  await call('run_eval', {taskId: 'long', configId: 'ci'}, {signal: stop.signal, onprogress: one => {
+    job = /job_\w{8}/.exec(one.message)[0]; stop.abort('enough'); }});
+} catch (error) { out.aborted = true; }
+out.job = job;
+try { await call('no_such_tool', {}); } catch (error) { out.unknown = {code: error.code, kind: error.constructor.name}; }
+out.refused = (await call('status', {jobId: 'job_nope'})).isError;
+if (isModern) await subscription.close?.();
+await client.close();
+console.log(JSON.stringify(out));
+process.exit(0);
+"""
+
+
+def wait_cancelled(server: Server, job_id: str) -> None:
+    """The job must end as cancelled."""
+    assert server.wait_for("status", jobId=job_id)["status"] == "CANCELLED"
+
+
+async def use_python_client(client: Any, server: Server, model_id: str) -> dict[str, Any]:
+    """Do with a connected client what applications do; what it saw."""
+    from mcp.types import PromptReference
+    out: dict[str, Any] = {"version": client.protocol_version, "tools": [one.name for one in (await client.list_tools()).tools]}
+    out["prompts"] = [one.name for one in (await client.list_prompts()).prompts]
+    out["resources"] = len((await client.list_resources()).resources)
+    out["search"] = (await client.call_tool("search", SEARCH)).structured_content["ids"]
+    out["file"] = (await client.read_resource("lukhas://file/docs/guide.md")).contents[0].text
+    out["complete"] = (await client.complete(PromptReference(type="ref/prompt", name="plan_promotion"),
+                                             {"name": "gate", "value": "pr"})).completion.values
+    told: list[float] = []
+
+    async def note(done: float, total: float | None, message: str | None) -> None:
+        told.append(done)
+    out["eval"] = (await client.call_tool("run_eval", STEPS, progress_callback=note)).structured_content["status"]
+    out["progress"] = told
+    jobs: list[str] = []
+    begun = asyncio.Event()
+
+    async def note_job(done: float, total: float | None, message: str | None) -> None:
+        jobs.append(re.search(r"job_\w{8}", message)[0])
+        begun.set()
+    calling = asyncio.create_task(client.call_tool("run_eval", LONG, progress_callback=note_job))
+    await begun.wait()
+    calling.cancel()
+    await asyncio.wait([calling])
+    out["job"] = jobs[0]
+    return out
+
+
+async def hear_update(client: Any, promote: Callable[[], Awaitable[Any]], uri: str, heard: asyncio.Event) -> None:
+    """Subscribe as the era of the client does, change the resource and hear of it."""
+    if client.protocol_version == MODERN_VERSION:
+        async with client.listen(resource_subscriptions=[uri]) as subscription:
+            await promote()
+            async for one in subscription:
+                assert one.uri == uri
+                return
+    else:
+        await client.subscribe_resource(uri)
+        await promote()
+        await heard.wait()
+
+
+def run_python_client(target: Any, mode: str, server: Server, model_id: str) -> dict[str, Any]:
+    """The whole visit of a Python client."""
+    from mcp.client import Client
+
+    async def visit() -> dict[str, Any]:
+        heard = asyncio.Event()
+
+        async def hear(message: Any) -> None:
+            if "ResourceUpdated" in type(message).__name__:
+                heard.set()
+        async with Client(target, mode=mode, message_handler=hear) as client:
+            out = await use_python_client(client, server, model_id)
+
+            async def promote() -> None:
+                await client.call_tool("promote_model", {"modelId": model_id, "gate": "stage"})
+            await asyncio.wait_for(hear_update(client, promote, f"lukhas://model/{model_id}", heard), 20)
+            return out
+    return run_async(visit(), 60.0)
+
+
+def assert_visited(out: dict[str, Any]) -> None:
+    """What every client must have seen."""
+    assert out["tools"][:2] == ["search", "fetch"] and len(out["tools"]) == len(lm.TOOLS)
+    assert out["prompts"] == list(lm.PROMPTS) and out["search"] and out["file"] == FILES["docs/guide.md"]
+    assert out["complete"] == ["prod"] and out["eval"] == "COMPLETED" and out["progress"][-1] == 3
+
+
+class TestClients:
+    """Whatever client connects finds a complete and correct server."""
+
+    @pytest.mark.parametrize(("mode", "version"), [("auto", "2026-07-28"), ("legacy", "2025-11-25")])
+    def test_python_over_http(self, mcp, mode, version):
+        out = run_python_client(mcp.url + "/mcp", mode, mcp, f"python-{mode}")
+        assert_visited(out)
+        assert out["version"] == version
+        wait_cancelled(mcp, out["job"])
+
+    @pytest.mark.parametrize(("mode", "version"), [("auto", "2026-07-28"), ("legacy", "2025-11-25")])
+    def test_python_over_stdio(self, tmp_path, mode, version):
+        from mcp.client.stdio import StdioServerParameters
+        server = Server(tmp_path)
+        (server.repo / "lukhas.toml").write_text(PLAN)
+        environ = {name: str(value) for name, value in clean_environ(**server.settings).items()}
+        command = StdioServerParameters(command=python_command()[0], args=[*python_command()[1:], str(PROGRAM), "--stdio"],
+                                        env=environ, cwd=str(server.repo))
+        out = run_python_client(command, mode, server, f"stdio-{mode}")
+        assert_visited(out)
+        assert out["version"] == version
+        assert lm.verify_file(str(server.db)) is None
+
+    @pytest.mark.parametrize(("mode", "version"), [("auto", "2026-07-28"), ("legacy", "2025-11-25")])
+    def test_python_elicits(self, conformance_url, mode, version):
+        from mcp.client import Client
+        from mcp.types import ElicitResult
+
+        async def visit() -> str:
+            async def ask(context: Any, params: Any) -> ElicitResult:
+                return ElicitResult(action="accept", content={"name": "Ada"})
+            async with Client(conformance_url, mode=mode, elicitation_callback=ask) as client:
+                assert client.protocol_version == version
+                return (await client.call_tool("test_input_required_result_elicitation", {})).content[0].text
+        assert '"Ada"' in run_async(visit(), 30.0)
+
+    @pytest.mark.parametrize(("kind", "mode"), [("v1", "legacy"), ("v2", "legacy"), ("v2", "auto")])
+    def test_typescript(self, mcp, tmp_path, kind, mode):
+        folder = npm_folder()
+        done = run_node(folder, "--input-type=module", "-e", VISIT, str(folder), kind, mcp.url + "/mcp", mode, home=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        out = json.loads(done.stdout)
+        assert_visited(out)
+        assert out["updated"] == f"lukhas://model/{kind}-{mode}" and out["aborted"] and out["refused"] is True
+        assert out["unknown"]["code"] == -32602, "a JSON-RPC error, not one of the transport"
+        assert kind == "v1" or out["version"] == ("2026-07-28" if mode == "auto" else "2025-11-25")
+        wait_cancelled(mcp, out["job"])
+
+    @pytest.mark.parametrize("era", ["legacy", "auto"])
+    def test_the_inspector(self, mcp, tmp_path, era):
+        folder = npm_folder()
+        script = json.loads((folder / "node_modules/@modelcontextprotocol/inspector/package.json").read_text())["bin"]["mcp-inspector"]
+
+        def inspect(*words: str) -> Any:
+            done = run_node(folder, str(folder / "node_modules/@modelcontextprotocol/inspector" / script), "--cli", mcp.url + "/mcp",
+                            "--transport", "http", "--protocol-era", era, *words, "--format", "json", "-q", home=tmp_path)
+            assert done.returncode == 0, (words, done.stdout[-1500:], done.stderr[-1500:])
+            return json.loads(done.stdout)
+        inspect("--method", "tools/list", "--strict")
+        found = inspect("--method", "tools/call", "--tool-name", "search", "--tool-arg", "query=guide")
+        assert "docs/guide.md" in json.dumps(found)
+        assert FILES["docs/guide.md"] in json.dumps(inspect("--method", "resources/read", "--uri", "lukhas://file/docs/guide.md")).replace("\\n", "\n")
+
+
+# ==============================================================================
+# 94. Main -- what the command line means
 # uses: Front
 # ==============================================================================
 
