@@ -16748,6 +16748,23 @@ class TestServer:
         assert time.monotonic() - started_s < 10 and "Traceback" not in server.stderr
         assert not list(server.repo.glob(".mcp-state.db-*")), "the log was moved into the database"
 
+    @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has memfd, elsewhere the tree stays")
+    @pytest.mark.parametrize("flags", [[], ["-X", "dev"], ["-I"]], ids=" ".join)
+    def test_an_idle_server_is_small_and_the_process_that_was_started(self, tmp_path, flags):
+        """Without the syntax tree of its own file; its flags, pid and program are the ones that were given."""
+        server = Server(tmp_path, command=[*python_command(), *flags]).start()
+        words = pathlib.Path(f"/proc/{server.process.pid}/cmdline").read_bytes().split(b"\0")
+        assert set(flags) <= {word.decode() for word in words} and str(PROGRAM).encode() in words
+        assert server.request("GET", "/cockpit.html").status == 200, "it still knows where it lies"
+        if "dev" not in flags:
+            assert read_rss_kib(server.process.pid) < 60_000
+        assert server.stop() == 0
+
+    def test_under_a_debugger_it_stays_in_its_process_image(self, tmp_path):
+        done = subprocess.run([sys.executable, "-m", "trace", "--count", "-C", str(tmp_path), str(PROGRAM), "--version"],
+                              capture_output=True, text=True, timeout=60)
+        assert done.stdout.startswith("lukhas_mcp ") and list(tmp_path.glob("lukhas_mcp*.cover")), done
+
     def test_an_interrupt_is_an_end_too(self, make_server):
         server = make_server()
         server.process.send_signal(signal.SIGINT)
