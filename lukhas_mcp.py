@@ -11197,6 +11197,7 @@ _MAX_PARTS = 64
 _MAX_PART_BYTES = 255  # NAME_MAX of every file system in use
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_UNNAMEABLE = re.compile(r"[\0-\x1f\x7f\\\ud800-\udfff]")
 _IS_LINK = (errno.ELOOP, errno.EMLINK)  # how Linux and the BSDs call a link under O_NOFOLLOW
 TEMP_PREFIX = ".mcp-tmp-"
 
@@ -11309,9 +11310,7 @@ class Root:
 
     def is_listed(self, rel: str, name: str) -> bool:
         """Whether a listing may show this entry; `name` is the last part of `rel`."""
-        try:
-            name.encode("utf-8")  # a name that is no UTF-8 cannot be named by a caller either
-        except UnicodeEncodeError:
+        if _UNNAMEABLE.search(rel):  # no UTF-8, or what `relative` refuses: it could not be asked for
             return False
         if _is_git(name) or name.startswith(TEMP_PREFIX) or self.is_secret(rel):
             return False
@@ -11514,15 +11513,16 @@ _ENCODINGS = {"utf8": "utf-8", "utf-8": "utf-8", "utf16le": "utf-16-le", "utf-16
                "ascii": "ascii"}
 _ENCODING_NAMES = "utf8, utf16le, latin1, ascii, base64, base64url, hex"
 _BASE64 = re.compile(r"[A-Za-z0-9_-]*={0,2}")
-_FRAGMENT = re.compile(r"L([1-9][0-9]{0,8})(?:-L?([1-9][0-9]{0,8}))?")
+_FRAGMENT = re.compile(r"L([1-9][0-9]{0,8})(?:\+([0-9]{1,9}))?(?:-L?([1-9][0-9]{0,8}))?")
 _MIME_TYPES = {".md": "text/markdown", ".markdown": "text/markdown", ".json": "application/json",
                ".html": "text/html", ".htm": "text/html", ".css": "text/css", ".csv": "text/csv",
                ".js": "text/javascript", ".mjs": "text/javascript", ".xml": "application/xml",
                ".svg": "image/svg+xml", ".yaml": "application/yaml", ".yml": "application/yaml"}
-_BINARY_KINDS = ((b"\x89PNG", "a PNG image"), (b"\xff\xd8\xff", "a JPEG image"), (b"GIF8", "a GIF image"),
-                 (b"RIFF", "an image, sound or film"), (b"%PDF-", "a PDF document"),
-                 (b"PK\x03\x04", "a zip archive"), (b"\x1f\x8b", "gzip data"), (b"\x7fELF", "a program"),
-                 (b"SQLite format 3\0", "an SQLite database"))
+_MAGIC = re.compile(rb"(?P<a_PNG_image>\x89PNG)|(?P<a_JPEG_image>\xff\xd8\xff)|(?P<a_GIF_image>GIF8[79]a)|"
+                    rb"(?P<an_image_or_sound>RIFF.{4}(?:WEBP|WAVE|AVI ))|(?P<a_PDF_document>%PDF-)|"
+                    rb"(?P<a_zip_archive>PK\x03\x04)|(?P<gzip_data>\x1f\x8b)|(?P<a_program>\x7fELF)|"
+                    rb"(?P<an_SQLite_database>SQLite format 3\0)", re.S)
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def encode_contents(text: str, encoding: str) -> bytes:
@@ -11572,10 +11572,10 @@ def encode_path_id(rel: str) -> str:
     return PATH_ID_PREFIX + base64.urlsafe_b64encode(rel.encode("utf-8")).rstrip(b"=").decode("ascii")
 
 
-def decode_path_id(path_id: str) -> tuple[str, tuple[int, int | None] | None]:
-    """The path of an id, and the lines of its `#L10-L40`, if there are any; `#L10` is from there on.
+def decode_path_id(path_id: str) -> tuple[str, tuple[int, int | None, int] | None]:
+    """The path of an id, and (first, last, bytes of the first passed over) of its `#L10-L40`, if there is one.
 
-    The path is still a caller's text. Raises NotFound for an id of another kind, InvalidArguments.
+    `#L10` is from there on, `#L10+5000` from the 5001st byte of that line on. The path is still a caller's text. Raises NotFound for an id of another kind, InvalidArguments.
     """
     if not path_id.startswith(PATH_ID_PREFIX):
         raise NotFound(f"Unknown id: {path_id[:200]!r}; take an id from search, or {PATH_ID_PREFIX} "
@@ -11588,15 +11588,34 @@ def decode_path_id(path_id: str) -> tuple[str, tuple[int, int | None] | None]:
         path = _from_base64(text).decode("utf-8")
     except (binascii.Error, ValueError):
         raise InvalidArguments(f"Invalid id: {text[:80]!r} is no base64url of a path in UTF-8") from None
-    return path, (int(lines[1]), int(lines[2]) if lines[2] else None) if lines else None
+    return path, (int(lines[1]), int(lines[3]) if lines[3] else None, int(lines[2] or 0)) if lines else None
 
 
-def text_document(rel: str, content: bytes, sha256: str, lines: tuple[int | None, int | None],
+def find_binary_kind(content: bytes) -> str | None:
+    """What a file is, if its begin shows that it is no text."""
+    if content.startswith(_UTF16):
+        return None
+    magic = _MAGIC.match(content)
+    if magic:
+        return magic.lastgroup.replace("_", " ")
+    return "binary" if b"\0" in content[:8192] else None
+
+
+def read_text(content: bytes) -> str | None:
+    """The text of a file's bytes, whatever they are meant to be; None for a binary."""
+    if find_binary_kind(content):
+        return None
+    if content.startswith(_UTF16):
+        return content[:len(content) & ~1].decode("utf-16", "replace")
+    return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
+
+
+def text_document(rel: str, content: bytes, sha256: str, lines: tuple[int | None, int | None, int],
                   max_bytes: int) -> dict[str, Any]:
     """id, title, mimeType, text, metadata of the lines asked for (1-based, inclusive, None: to the end).
 
     metadata: sha256, size, path, encoding, lines (of the whole file), startLine, endLine, truncated;
-    where truncated, `next` is the id that reads on, or None if one line alone is too long.
+    where truncated, `next` is the id that reads on, within a line where that alone is too long.
     Raises Conflict for what is no text, InvalidArguments for lines that are not there.
     """
     size = len(content)
@@ -11607,6 +11626,7 @@ def text_document(rel: str, content: bytes, sha256: str, lines: tuple[int | None
         raise InvalidArguments(f"Lines {first} to {lines[1] or 'the end'} are not there: "
                                f"{rel} has {total} lines")
     begin = _line_start(content, first - 1, 0)
+    begin = min(begin + lines[2], _line_start(content, 1, begin))
     wanted = _line_start(content, last - first + 1, begin, begin + max_bytes + 1)
     end, last_shown = wanted, last
     if wanted - begin > max_bytes:
@@ -11617,7 +11637,8 @@ def text_document(rel: str, content: bytes, sha256: str, lines: tuple[int | None
     metadata = {"sha256": sha256, "size": size, "path": rel, "encoding": encoding, "lines": total,
                 "startLine": first, "endLine": max(last_shown, first) if total else 0, "truncated": is_cut}
     if is_cut:
-        metadata["next"] = f"{encode_path_id(rel)}#L{last_shown + 1}-L{last}" if last_shown >= first else None
+        passed = f"+{lines[2] + end - begin}" if last_shown < first else ""
+        metadata["next"] = f"{encode_path_id(rel)}#L{last_shown + 1}{passed}-L{last}"
     title = rel.rpartition("/")[2]
     suffix = "." + title.rpartition(".")[2].lower() if "." in title else ""
     mime_type = _MIME_TYPES.get(suffix, "text/plain")
@@ -11626,10 +11647,10 @@ def text_document(rel: str, content: bytes, sha256: str, lines: tuple[int | None
 
 
 def _as_utf8(content: bytes, rel: str, sha256: str) -> tuple[bytes, str]:
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")) and len(content) % 2 == 0:
+    if content.startswith(_UTF16) and len(content) % 2 == 0:
         return content.decode("utf-16", "replace").encode("utf-8"), "utf-16"
-    if b"\0" in content[:8192] or content.startswith(b"%PDF-"):
-        kind = next((kind for magic, kind in _BINARY_KINDS if content.startswith(magic)), "binary")
+    kind = find_binary_kind(content)
+    if kind:
         raise Conflict(f"Not a text file: {rel} is {kind} ({len(content)} bytes, sha256 {sha256})")
     try:
         content.decode("utf-8")
@@ -11752,13 +11773,13 @@ class Repository:
         self._locks = tuple(threading.Lock() for _ in range(_LOCKS))
 
     def fetch(self, path: str, start_line: int | None = None, end_line: int | None = None,
-              max_bytes: int = _MAX_TEXT_BYTES) -> dict[str, Any]:
+              skip_bytes: int = 0, max_bytes: int = _MAX_TEXT_BYTES) -> dict[str, Any]:
         """The document of a text file, as `text_document` makes it, with `modified` in its metadata."""
         rel = self.root.relative(path)
         with file_errors(rel), self.root.open_file(rel) as (descriptor, status):
             content = _read_whole(descriptor, status, rel)
         sha256 = hashlib.sha256(content).hexdigest()
-        document = text_document(rel, content, sha256, (start_line, end_line), max_bytes)
+        document = text_document(rel, content, sha256, (start_line, end_line, skip_bytes), max_bytes)
         document["metadata"]["modified"] = utc_text(status.st_mtime)
         return document
 
@@ -13554,7 +13575,7 @@ def read_old_file(run: GitRun, revision: str, rel: str) -> tuple[str, bytes]:
 
 # ==============================================================================
 # 50. Corpus -- which files there are to be found, and what they hold
-# uses: Errors, Glob, Paths, Git
+# uses: Errors, Glob, Paths, Contents, Git
 # owns: files
 # ==============================================================================
 # Git lists what it tracks and what it does not ignore; without git a walk reads the .gitignore files
@@ -13573,10 +13594,14 @@ _BLOB_FOLDERS = {"github.com": "blob/HEAD", "gitlab.com": "-/blob/HEAD", "bitbuc
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A file as the index sees it; `text` is None where only its path is to be found."""
+    """A file as the index sees it; `text` is None where only its path is to be found.
+
+    `changed_ns` is the time of its last change of any kind (ctime), which unlike that of its contents
+    nobody can set back: a copy with an older date is seen as a change too.
+    """
 
     path: str
-    mtime_ns: int
+    changed_ns: int
     size: int
     text: str | None
 
@@ -13604,7 +13629,7 @@ class Corpus:
         return sorted(listed)  # almost sorted already: else this would hold up every thread
 
     def look(self, paths: Iterable[str]) -> Iterator[tuple[str, int, int]]:
-        """(path, mtime_ns, size) of those that are regular files now."""
+        """(path, changed_ns, size) of those that are regular files now."""
         with self.root.open_folder("") as folder:
             for path in paths:
                 try:
@@ -13612,7 +13637,7 @@ class Corpus:
                 except (OSError, ValueError):
                     continue
                 if stat.S_ISREG(status.st_mode):
-                    yield path, status.st_mtime_ns, status.st_size
+                    yield path, status.st_ctime_ns, status.st_size
 
     def is_open(self, path: str) -> bool:
         """Whether a path may be found at all."""
@@ -13635,10 +13660,10 @@ class Corpus:
                 content = read_open_file(descriptor, _SNIFFED_BYTES if is_left_out else max_bytes)
         except (OSError, ToolError):
             return None
-        text = _to_text(content)
+        text = read_text(content)
         if text is None:
             return None
-        return Document(path, status.st_mtime_ns, status.st_size, None if is_left_out else text)
+        return Document(path, status.st_ctime_ns, status.st_size, None if is_left_out else text)
 
     def find_remote(self) -> str:
         """The address under which the files of this checkout can be looked at, or "" (no network is used)."""
@@ -13678,15 +13703,6 @@ class Corpus:
                     yield from self._walk_folder(inner, prefix + name + "/", rules, left)
             except OSError:
                 continue  # gone, or closed to us
-
-
-def _to_text(content: bytes) -> str | None:
-    """The text of a file's bytes; None for a binary."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return content[:len(content) & ~1].decode("utf-16", "replace")
-    if b"\0" in content[:_SNIFFED_BYTES] or content.startswith(b"%PDF-"):
-        return None
-    return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
 
 
 # A line of a .gitignore: its globs, whether it is for folders only, whether it takes back.
@@ -13918,14 +13934,14 @@ class Survey:
         wanted = sorted((one for one in present if _may_tell(one[0])), key=lambda one: (one[0].count("/"), one[0]))
         known: dict[str, tuple[int, int, _Facts]] = {}
         until_s = self._clock.monotonic_s() + _READING_S
-        for path, mtime_ns, size in wanted:
+        for path, changed_ns, size in wanted:
             former = self._known.get(path)
-            if former is None or former[:2] != (mtime_ns, size):
+            if former is None or former[:2] != (changed_ns, size):
                 if self._clock.monotonic_s() > until_s:
                     figures.is_complete = False
                     continue
                 document = self._corpus.read(path)
-                former = mtime_ns, size, _read_facts(path, document.text if document else None)
+                former = changed_ns, size, _read_facts(path, document.text if document else None)
             known[path] = former
             _add_facts(figures, path, former[2])
         self._known = known
@@ -14013,10 +14029,10 @@ def _module_names(path: str) -> tuple[str, ...]:
 # is marked dead; when a tenth is dead the index is made anew. A file name is never used twice, since
 # SQLite's journals go by name: whoever still reads an older file keeps a whole one.
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE VIRTUAL TABLE fts USING fts5(path, title, symbols, head, body, content='');
-CREATE TABLE docs (id INTEGER PRIMARY KEY, path TEXT NOT NULL, mtime_ns INTEGER NOT NULL, size INTEGER NOT NULL,
+CREATE TABLE docs (id INTEGER PRIMARY KEY, path TEXT NOT NULL, changed_ns INTEGER NOT NULL, size INTEGER NOT NULL,
   lines INTEGER NOT NULL, state INTEGER NOT NULL);
 CREATE TABLE syms (name TEXT NOT NULL, doc INTEGER NOT NULL, line INTEGER NOT NULL,
   PRIMARY KEY (name, doc)) WITHOUT ROWID;
@@ -14028,7 +14044,7 @@ _ALL_LIMIT, _RARE_LIMIT, _NAME_LIMIT, _LITERAL_LIMIT = 90, 90, 30, 60
 _HEAD_CHARACTERS = 1200
 _MAX_NAMES = 400  # of one file, and as many headings
 _TELL_S = 0.2
-_RACY_NS = 100_000_000  # a file written so shortly before it was read may change without a new mtime
+_RACY_NS = 100_000_000  # a file written so shortly before it was read may change without a new time
 _MAX_DEAD = 0.10
 _MIN_DEAD = 200
 _MAX_COUNTS = 50_000
@@ -14152,7 +14168,7 @@ class IndexWriter:
 
     def sweep(self) -> int:
         """Bring everything up to date that was changed by others; tells how much it was."""
-        known = {row[1]: row for row in self._execute("SELECT id, path, mtime_ns, size FROM docs WHERE state >= 0")}
+        known = {row[1]: row for row in self._execute("SELECT id, path, changed_ns, size FROM docs WHERE state >= 0")}
         return self._apply(known, self._look(known, self.corpus.list_paths()))
 
     def count(self) -> int:
@@ -14167,11 +14183,11 @@ class IndexWriter:
 
     def _rows_of(self, paths: Collection[str]) -> Iterator[tuple[Any, ...]]:
         for path in paths:
-            yield from self._execute("SELECT id, path, mtime_ns, size FROM docs WHERE path=? AND state >= 0", path)
+            yield from self._execute("SELECT id, path, changed_ns, size FROM docs WHERE path=? AND state >= 0", path)
 
     def _look(self, known: Collection[str], paths: Collection[str]) -> dict[str, tuple[int, int]]:
         looked = self.corpus.look(path for path in paths if path in known or self.corpus.is_open(path))
-        return {path: (mtime_ns, size) for path, mtime_ns, size in looked}
+        return {path: (changed_ns, size) for path, changed_ns, size in looked}
 
     def _apply(self, known: Mapping[str, tuple[Any, ...]], now: Mapping[str, tuple[int, int]]) -> int:
         """Write what differs, in one transaction."""
@@ -14188,16 +14204,16 @@ class IndexWriter:
             self._execute("UPDATE meta SET value=value+1 WHERE key='changes'")
         return len(changed)
 
-    def _insert(self, path: str, mtime_ns: int, size: int) -> None:
+    def _insert(self, path: str, changed_ns: int, size: int) -> None:
         document = self.corpus.read(path)
         if document is None:
-            self._execute("INSERT INTO docs VALUES (NULL,?,?,?,0,?)", path, mtime_ns, size, _NO_DOCUMENT)
+            self._execute("INSERT INTO docs VALUES (NULL,?,?,?,0,?)", path, changed_ns, size, _NO_DOCUMENT)
             return
         text = document.text or ""
-        mtime_ns = document.mtime_ns
-        if self._clock.now_s() * 1e9 - mtime_ns < _RACY_NS:
-            mtime_ns -= 1  # differs from the file's, so the next sweep reads it again
-        row = self._execute("INSERT INTO docs VALUES (NULL,?,?,?,?,?)", path, mtime_ns, document.size,
+        changed_ns = document.changed_ns
+        if self._clock.now_s() * 1e9 - changed_ns < _RACY_NS:
+            changed_ns -= 1  # differs from the file's, so the next sweep reads it again
+        row = self._execute("INSERT INTO docs VALUES (NULL,?,?,?,?,?)", path, changed_ns, document.size,
                             text.count("\n") + (not text.endswith("\n") and text != ""),
                             _PATH_ONLY if document.text is None else _TEXT).lastrowid
         headings, names = describe_text(path, text)
@@ -14232,8 +14248,8 @@ class IndexWriter:
 
     def _insert_all(self, paths: Collection[str]) -> None:
         told_s = self._clock.monotonic_s()
-        for done, (path, mtime_ns, size) in enumerate(self.corpus.look(filter(self.corpus.is_open, paths)), 1):
-            self._insert(path, mtime_ns, size)
+        for done, (path, changed_ns, size) in enumerate(self.corpus.look(filter(self.corpus.is_open, paths)), 1):
+            self._insert(path, changed_ns, size)
             if self._clock.monotonic_s() - told_s > _TELL_S:
                 told_s = self._clock.monotonic_s()
                 self._tell(done, len(paths))
@@ -14303,8 +14319,8 @@ class IndexReader:
         return Candidates(self._gather(query, counts), weigh(query, counts, self.total))
 
     def state_of(self, path: str) -> tuple[int, int] | None:
-        """(mtime_ns, size) of a path as the index knows it."""
-        rows = self._all("SELECT mtime_ns, size FROM docs WHERE path=? AND state >= 0", path)
+        """(changed_ns, size) of a path as the index knows it."""
+        rows = self._all("SELECT changed_ns, size FROM docs WHERE path=? AND state >= 0", path)
         return rows[0] if rows else None
 
     def _all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -14669,7 +14685,7 @@ class _Shelf:
     def _list_fresh(self) -> list[str]:
         """Own writes that the index does not have yet."""
         for path in list(self._fresh):
-            now = next(((mtime_ns, size) for _, mtime_ns, size in self._corpus.look((path,))), None)
+            now = next(((changed_ns, size) for _, changed_ns, size in self._corpus.look((path,))), None)
             if self._reader is not None and self._reader.state_of(path) == now:
                 self._fresh.pop(path, None)
         return list(self._fresh)
@@ -14714,7 +14730,7 @@ class _Shelf:
 
     def _read_lower(self, path: str) -> bytes | None:
         """The beginning of a file in lower case and UTF-8, from memory if it has not changed; None for no document."""
-        now = next(((mtime_ns, size) for _, mtime_ns, size in self._corpus.look((path,))), None)
+        now = next(((changed_ns, size) for _, changed_ns, size in self._corpus.look((path,))), None)
         kept = self._texts.get(path)
         if kept is not None and kept[:2] == now:
             self._texts.move_to_end(path)
@@ -14724,7 +14740,7 @@ class _Shelf:
             return None
         text = (document.text or "").lower().encode("utf-8", "replace")
         self._cached += len(text) - len(self._texts.pop(path, (0, 0, b""))[2])
-        self._texts[path] = (document.mtime_ns, document.size, text)
+        self._texts[path] = (document.changed_ns, document.size, text)
         while self._cached > _CACHED_BYTES:
             self._cached -= len(self._texts.popitem(last=False)[1][2])
         return text
@@ -14733,7 +14749,7 @@ class _Shelf:
         if self._reader is None:
             return []
         looked = self._corpus.look([hit.path for hit in hits])
-        return [path for path, mtime_ns, size in looked if self._reader.state_of(path) != (mtime_ns, size)]
+        return [path for path, changed_ns, size in looked if self._reader.state_of(path) != (changed_ns, size)]
 
 
 # -- the indexer, in its own process ------------------------------------------
@@ -16294,7 +16310,7 @@ async def recover_files(services: Services) -> None:
       arguments=shape(("id",), id=string("Of a file: lukhas-path: and the base64url of its path, with #L10-L40 for some "
                                          "lines. Of an operation: job_..., canary_..., model:NAME, audit:NUMBER.",
                                          min_length=1, max_length=8192),
-                      fields=array(string(choices=("title", "url", "mimeType", "text", "metadata")),
+                      fields=array(string(choices=("id", "title", "url", "mimeType", "text", "metadata")),
                                    "Only these keys.", 20)),
       output=shape(("id",), id=string(), title=string(), url=string(), mimeType=string(), text=string(),
                    metadata=mapping("sha256, size, modified, path.")),
@@ -16307,7 +16323,7 @@ async def tool_fetch(services: Services, call: Call) -> ToolResult:
     if call.get("id").startswith(PATH_ID_PREFIX):
         rel, lines = decode_path_id(call.get("id"))
         found = await in_thread(services.repository.fetch, rel, *(lines or (None, None)))
-        document = {"id": call.get("id"), "url": view_url(services, found["metadata"]["path"], (lines or (0,))[0]), **found}
+        document = {"url": view_url(services, found["metadata"]["path"], (lines or (0,))[0]), **found}
     else:
         document = fetch_operation(services, call.get("id"))
     wanted = call.get("fields")
@@ -16712,7 +16728,7 @@ def show_old_file(services: Services, revision: str, path: str, *, offset: int, 
     rel = services.repository.root.relative(path)
     commit, content = read_old_file(services.git.open(), revision, rel)
     sha256 = hashlib.sha256(content).hexdigest()
-    found = text_document(rel, content, sha256, (offset + 1 if offset else None, offset + limit), 200_000)
+    found = text_document(rel, content, sha256, (offset + 1 if offset else None, offset + limit, 0), 200_000)
     end, total = found["metadata"]["endLine"], found["metadata"]["lines"]
     return {"commit": commit, "path": rel, "sha256": sha256, "text": found["text"], "lines": total,
             "truncated": end < total, "nextOffset": end if end < total else None}
