@@ -556,6 +556,7 @@ class Unauthorized(AccessError):
 
     word = "key"
     status = 401
+    headers = (("WWW-Authenticate", 'Bearer realm="mcp"'),)
 
 
 class Forbidden(AccessError):
@@ -572,7 +573,7 @@ class Misdirected(AccessError):
 
 
 class RateLimited(AccessError):
-    """The bucket is empty; `retry_after_s` tells when it will not be."""
+    """The bucket is empty; a header tells when it will not be."""
 
     word = "rate"
     status = 429
@@ -580,7 +581,7 @@ class RateLimited(AccessError):
 
     def __init__(self, message: str, retry_after_s: float):
         super().__init__(message)
-        self.retry_after_s = retry_after_s
+        self.headers = (("Retry-After", str(max(1, math.ceil(retry_after_s)))),)
 
 
 class RpcError(LukhasError):
@@ -1865,7 +1866,7 @@ class Request:
 
     Header values are Latin-1 text, byte for byte. Repeated headers are joined with ", " and named
     in `repeated`. `has_body` is False for a declared length of 0. The server fills `body`, `peer`
-    and `is_tls`, the routes fill `principal` and `route`.
+    and `is_tls`, the routes fill `principal`, `route`, whose bucket pays and how it stands.
     """
 
     method: str
@@ -1884,6 +1885,7 @@ class Request:
     repeated: frozenset[str] = frozenset()
     principal: Any = None
     route: Any = None
+    payer: str = ""
     quota: Any = None
 
     def header(self, name: str, default: str | None = None) -> str | None:
@@ -17910,10 +17912,19 @@ def prompt(name: str, *, title: str, arguments: tuple[Argument, ...] = ()):
     return declare
 
 
+def _check_unicode(*texts: str) -> None:
+    """A lone surrogate, which JSON can spell, fits no database, file or answer. Raises InvalidParams."""
+    try:
+        "".join(texts).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidParams("a text must be valid Unicode, without lone surrogates") from None
+
+
 def find_resource(uri: object) -> tuple[Resource, dict[str, str]] | None:
     """The resource that a URI names, with the values of its variables; None for a foreign one."""
     if not isinstance(uri, str) or len(uri) > 8192:
         raise InvalidParams("uri must be a text of at most 8192 characters")
+    _check_unicode(uri)
     for one in RESOURCES.values():
         if found := one.pattern.fullmatch(uri):
             return one, {name: urllib.parse.unquote(value) for name, value in found.groupdict().items()}
@@ -17929,6 +17940,7 @@ def find_prompt(name: object, arguments: object) -> tuple[Prompt, dict[str, str]
     given = {} if arguments is None else arguments
     if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
         raise InvalidParams("arguments must be an object of texts")
+    _check_unicode(*given, *given.values())
     for one in found.arguments:
         if one.is_required and not given.get(one.name):
             raise InvalidParams(f"the prompt {found.name} needs the argument {one.name}: {one.description}")
@@ -17942,6 +17954,7 @@ async def complete(services: Services, ref: object, argument: object) -> list[st
     name, text = argument.get("name"), argument.get("value")
     if not isinstance(name, str) or not isinstance(text, str):
         raise InvalidParams("argument.name and argument.value must be texts")
+    _check_unicode(name, text)
     if ref.get("type") not in ("ref/prompt", "ref/resource"):
         raise InvalidParams("ref.type must be ref/prompt or ref/resource")
     completer = _find_completer(ref, name)
@@ -18354,7 +18367,7 @@ class RpcContext:
     """Who sends a message, and by which headers (lower-case names; None: not over HTTP).
 
     `can_stream`: an event stream would be read. `line` is the one client of a process that speaks by
-    stdin and stdout.
+    stdin and stdout. `charge` takes the price of one message or raises RateLimited; None: it costs nothing.
     """
 
     principal: Principal
@@ -18363,6 +18376,12 @@ class RpcContext:
     origin: Mapping[str, Any] = field(default_factory=dict)
     can_stream: bool = False
     line: Session | None = None
+    charge: Callable[[Any], None] | None = None
+
+    def pay(self, message: Any) -> None:
+        """Take the price of a message. Raises RateLimited."""
+        if self.charge is not None:
+            self.charge(message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18404,33 +18423,49 @@ def method(name: str, *, legacy: bool = True, modern: bool = True):
 
 
 async def answer(services: Services, context: RpcContext, body: bytes) -> RpcAnswer:
-    """Answer one POST, or one line. Never raises for what a client sent."""
+    """Answer one POST, or one line. Raises nothing for what a client sent but RateLimited."""
     try:
         message = parse_json(body)
     except ValueError as error:
+        context.pay(None)
         return _refuse(ParseError(f"the body is no JSON: {error}"), None, is_modern=False)
     if isinstance(message, list):
         return await _answer_batch(services, context, message)
+    context.pay(message)
     return await _answer_one(services, context, message)
 
 
 async def _answer_batch(services: Services, context: RpcContext, batch: list[Any]) -> RpcAnswer:
+    """Each message counts for the limit, so that some may be refused and others not."""
     try:
-        session = context.line or _find_session(services, context)
+        _check_batch(services, context, batch)
     except RpcError as error:
+        context.pay(None)
         return _refuse(error, None, is_modern=False)
+    alone = dataclasses.replace(context, can_stream=False)
+    documents, refused = [], []
+    for message in batch:
+        try:
+            context.pay(message)
+            documents.append((await _answer_one(services, alone, message)).document)
+        except RateLimited as error:
+            refused.append(error)
+            request_id = message.get("id") if isinstance(message, dict) else None
+            documents.append(None if request_id is None else _refuse(error, request_id, is_modern=False).document)
+    if len(refused) == len(batch):
+        raise refused[-1]
+    documents = [one for one in documents if one is not None]
+    return RpcAnswer(200 if documents else 202, documents or None, headers=refused[-1].headers if refused else ())
+
+
+def _check_batch(services: Services, context: RpcContext, batch: list[Any]) -> None:
+    session = context.line or _find_session(services, context)
     revision = _legacy_revision((context.headers or {}).get("mcp-protocol-version"), session)
     if revision is None or not revision.has_batches or not batch or len(batch) > 100:
-        return _refuse(InvalidRequest("a batch is allowed in revision 2025-03-26 only, with 1 to 100 requests"), None,
-                       is_modern=False)
+        raise InvalidRequest("a batch is allowed in revision 2025-03-26 only, with 1 to 100 requests")
     calls = [message["method"] for message in batch if isinstance(message, dict) and {"method", "id"} <= message.keys()]
     if "initialize" in calls or calls and any("method" not in message for message in batch if isinstance(message, dict)):
-        return _refuse(InvalidRequest("a batch holds neither initialize nor answers beside requests"), None,
-                       is_modern=False)
-    alone = dataclasses.replace(context, can_stream=False)
-    answers = [await _answer_one(services, alone, message) for message in batch]
-    documents = [one.document for one in answers if one.document is not None]
-    return RpcAnswer(200, documents) if documents else RpcAnswer(202)
+        raise InvalidRequest("a batch holds neither initialize nor answers beside requests")
 
 
 async def _answer_one(services: Services, context: RpcContext, message: Any) -> RpcAnswer:
@@ -18679,8 +18714,10 @@ def _refuse(error: LukhasError, request_id: Any, *, is_modern: bool) -> RpcAnswe
     if is_known or not is_modern:
         document["id"] = request_id if is_known else None
     if is_modern:
-        return RpcAnswer(200 if error.code == -32603 else error.status, document)
-    return RpcAnswer(error.status if error.code in (-32700, -32600) else 200, document)
+        status = 200 if error.code == -32603 else error.status
+    else:
+        status = error.status if error.code in (-32700, -32600) else 200
+    return RpcAnswer(status, document, headers=getattr(error, "headers", ()))
 
 
 #: Who may keep an answer, and for how long (MCP 2026-07-28, caching).
@@ -19165,17 +19202,17 @@ def _check_key(services: Services, request: Request, found: Route) -> None:
     try:
         principal = authenticate(services.keys, request, key_in_url=key_in_url)
     except Unauthorized:
-        quota = services.limiter.spend("address " + address, found.cost, now_s)
-        if quota.wait_s:
-            raise RateLimited("Rate limit", quota.wait_s) from None
+        request.quota = services.limiter.spend("address " + address, found.cost, now_s)
+        if request.quota.wait_s:
+            raise RateLimited("Rate limit", request.quota.wait_s) from None
         raise
     request.principal = principal
     if principal is SYSTEM:
         return
-    name = "address " + address if principal is ANONYMOUS else "key " + principal.name
+    request.payer = "address " + address if principal is ANONYMOUS else "key " + principal.name
     if principal is not ANONYMOUS:
         _note_use(services, principal, request.headers.get("user-agent", ""), address, now_s)
-    quota = request.quota = services.limiter.spend(name, found.cost, now_s)
+    quota = request.quota = services.limiter.spend(request.payer, found.cost, now_s)
     if quota.wait_s and not _may_be_stop(request):
         raise RateLimited("Rate limit", quota.wait_s)
     if found.access != "any" and not principal.may(found.access):
@@ -19199,28 +19236,38 @@ def _may_be_stop(request: Request) -> bool:
 _STOPPING = ("notifications/cancelled", "tasks/cancel")
 
 
-def _check_stop(services: Services, request: Request) -> None:
-    """Let a request over the limit through if it stops something and the reserve has a token."""
+def _is_stop(message: Any) -> bool:
     try:
-        message = parse_json(request.body)
         name = message["method"]
-        is_stop = name in _STOPPING or name == "tools/call" and TOOLS[message["params"]["name"]].hints is STOPS
-    except (ValueError, KeyError, TypeError, IndexError):
-        is_stop = False
-    principal = request.principal
-    wait_s = request.quota.wait_s
-    if is_stop:
-        wait_s = services.limiter.spend(principal.name, 1, services.clock.monotonic_s(), reserve=True).wait_s
-    if wait_s:
-        raise RateLimited("Rate limit", wait_s)
+        return name in _STOPPING or name == "tools/call" and TOOLS[message["params"]["name"]].hints is STOPS
+    except (KeyError, TypeError):
+        return False
+
+
+def _make_charge(services: Services, request: Request) -> Callable[[Any], None]:
+    """What takes a token for each message of a body. Raises RateLimited.
+
+    The first is paid with the head, unless the bucket was empty then. What stops something has a reserve.
+    """
+    is_paid = not request.quota.wait_s
+
+    def charge(message: Any) -> None:
+        nonlocal is_paid
+        if is_paid:
+            is_paid = False
+            return
+        now_s = services.clock.monotonic_s()
+        request.quota = services.limiter.spend(request.payer, 1, now_s)
+        if request.quota.wait_s and not (_is_stop(message) and not services.limiter.spend(
+                request.payer, 1, now_s, reserve=True).wait_s):
+            raise RateLimited("Rate limit", request.quota.wait_s)
+    return charge
 
 
 async def handle(services: Services, request: Request) -> Response:
     """Answer an admitted request whose body is here."""
     if request.method == "OPTIONS":
         return Response(200)
-    if request.quota is not None and request.quota.wait_s:
-        _check_stop(services, request)
     return await request.route.handler(services, request)
 
 
@@ -19228,10 +19275,6 @@ def refuse(services: Services, request: Request | None, error: LukhasError) -> R
     """The answer to a refused request, in the shape that the clients of its route expect."""
     found = request.route if request is not None else None
     headers = list(getattr(error, "headers", ()))
-    if isinstance(error, Unauthorized):
-        headers.append(("WWW-Authenticate", 'Bearer realm="mcp"'))
-    if isinstance(error, RateLimited):
-        headers.append(("Retry-After", str(max(1, math.ceil(error.retry_after_s)))))
     is_stream = found is not None and found.is_plain
     if is_stream and (isinstance(error, Unauthorized) or isinstance(error, RateLimited) and found.path != "/mcp"):
         text = b"unauthorized" if isinstance(error, Unauthorized) else b"rate-limit"
@@ -19279,7 +19322,8 @@ async def route_mcp(services: Services, request: Request) -> Response:
     origin = {"client": agent[:120].encode("ascii", "replace").decode("ascii")} if agent else {}
     accept = request.headers.get("accept", "*/*")
     context = RpcContext(request.principal, request.headers, request.repeated, origin,
-                         can_stream="text/event-stream" in accept or "*/*" in accept)
+                         can_stream="text/event-stream" in accept or "*/*" in accept,
+                         charge=_make_charge(services, request) if request.quota else None)
     found = await answer(services, context, request.body)
     if found.outlet is not None:
         return _message_response(services, found.outlet, (request.principal.name, "*"), found.outlet.close)

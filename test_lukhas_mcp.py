@@ -920,7 +920,7 @@ class TestErrors:
     def test_errors_with_more_to_say(self):
         assert lm.HttpError(405, "no", headers=(("Allow", "GET"),)).headers == (("Allow", "GET"),)
         limited = lm.RateLimited("Rate limit", 2.5)
-        assert (limited.status, limited.code, limited.retry_after_s) == (429, -32001, 2.5)
+        assert (limited.status, limited.code, limited.headers) == (429, -32001, (("Retry-After", "3"),))
         assert lm.UpstreamError("timeout", "late").word == "timeout"
 
     def test_own_codes_are_the_two_inherited_ones(self):
@@ -14642,7 +14642,7 @@ class TestCatalog:
     def test_a_foreign_uri_is_none(self, uri):
         assert lm.find_resource(uri) is None
 
-    @pytest.mark.parametrize("uri", [None, 5, [], {}, "x" * 9000])
+    @pytest.mark.parametrize("uri", [None, 5, [], {}, "x" * 9000, "lukhas://job/a\ud800", "\udfff"])
     def test_no_uri_at_all(self, uri):
         with pytest.raises(lm.InvalidParams):
             lm.find_resource(uri)
@@ -14650,7 +14650,7 @@ class TestCatalog:
     @pytest.mark.parametrize(("name", "arguments", "named"), [
         ("nope", {}, "nope"), (None, {}, "None"), (["x"], {}, "x"), ("investigate_canari", {}, "investigate_canary"),
         ("investigate_canary", {}, "canaryId"), ("investigate_canary", {"canaryId": ""}, "canaryId"),
-        ("investigate_canary", {"canaryId": 5}, "texts"), ("investigate_canary", [], "texts"), ("plan_promotion", {"modelId": "x"}, "gate")])
+        ("investigate_canary", {"canaryId": 5}, "texts"), ("investigate_canary", {"canaryId": "c\ud800"}, "surrogates"), ("investigate_canary", [], "texts"), ("plan_promotion", {"modelId": "x"}, "gate")])
     def test_a_wrong_prompt_says_what_is_right(self, name, arguments, named):
         with pytest.raises(lm.InvalidParams, match=named):
             lm.find_prompt(name, arguments)
@@ -14694,7 +14694,8 @@ class TestCatalog:
 
     @pytest.mark.parametrize("params", [{}, {"ref": {}}, {"ref": {"type": "x"}, "argument": {"name": "a", "value": ""}},
                                         {"ref": {"type": "ref/prompt", "name": "x"}, "argument": {"name": "a"}},
-                                        {"ref": [], "argument": []}, {"ref": {"type": "ref/prompt"}, "argument": {"name": 5, "value": "x"}}])
+                                        {"ref": [], "argument": []}, {"ref": {"type": "ref/prompt"}, "argument": {"name": 5, "value": "x"}},
+                                        {"ref": {"type": "ref/prompt", "name": "x"}, "argument": {"name": "a", "value": "\ud800"}}])
     def test_a_wrong_question_is_an_error(self, mcp, params):
         status, document = LegacyClient(mcp).call("completion/complete", **params)
         assert status == 200 and document["error"]["code"] == -32602
@@ -15863,6 +15864,28 @@ class TestRoutes:
                      b'{"method":"tools/call"}', b"5"):
             assert server.request("POST", "/mcp", body, JSON_KIND).status == 429
 
+    def test_each_call_of_a_batch_counts_for_the_limit(self, make_server):
+        server = make_server(MCP_RL_BUCKET=4, MCP_RL_WINDOW_MS=600_000)
+        calls = {"ping": {"method": "ping"}, "note": {"method": "notifications/initialized"},
+                 "stop": {"method": "tools/call", "params": {"name": "cancel_job", "arguments": {"jobId": "job_00000000"}}}}
+
+        def batch(*kinds):
+            messages = [{"jsonrpc": "2.0", **calls[kind], **({} if kind == "note" else {"id": at})} for at, kind in enumerate(kinds)]
+            answer = server.request("POST", "/mcp", json.dumps(messages), JSON_KIND)
+            documents = answer.json if answer.status == 200 else []
+            return answer, [(one["id"], one.get("error", {}).get("code")) for one in documents]
+        answer, outcomes = batch("ping", "note", "ping")
+        assert outcomes == [(0, None), (2, None)] and answer.headers["ratelimit"].startswith('"default";r=1;')
+        assert "retry-after" not in answer.headers
+        answer, outcomes = batch("ping", "ping", "note", "stop", "ping", "stop")
+        assert outcomes == [(0, None), (1, -32001), (3, None), (4, -32001), (5, None)]
+        assert int(answer.headers["retry-after"]) > 100 and answer.headers["ratelimit"].startswith('"default";r=0;')
+        answer, outcomes = batch("ping", "stop")
+        assert outcomes == [(0, -32001), (1, None)], "a stop behind a refused call still stops"
+        answer, _ = batch("ping", "note", "ping")
+        assert answer.status == 429 and answer.json["error"]["code"] == -32001 and "retry-after" in answer.headers
+        assert batch(*["stop"] * 100)[1].count((1, -32001)) == 1, "the reserve has an end too"
+
     def test_wrong_keys_draw_from_the_address(self, make_server):
         server = make_server(MCP_RL_BUCKET=3, MCP_RL_WINDOW_MS=600_000, LUKHAS_MCP_API_KEYS="a:one,b:two")
         ask = lambda key: server.request("POST", "/mcp", ROUTE_BODY["/mcp"],
@@ -15870,6 +15893,8 @@ class TestRoutes:
         assert [ask(f"guess-{at}") for at in range(5)] == [401, 401, 401, 429, 429]
         assert [ask("one") for _ in range(4)] == [200, 200, 200, 429], "a good key has a bucket of its own"
         assert ask("two") == 200 and ask("guess") == 429
+        answer = server.request("GET", "/metrics")
+        assert answer.status == 429 and answer.headers["ratelimit"].startswith('"default";r=0;') and "retry-after" in answer.headers
 
     def test_trusted_proxies(self, make_server):
         server = make_server(MCP_RL_BUCKET=1, MCP_RL_WINDOW_MS=600_000,
