@@ -2252,6 +2252,7 @@ _HASHED = re.compile(r"sha256:([0-9A-Fa-f]{64})")
 _HASH_HINT = "; a hashed secret is sha256: and 64 hex digits"
 _KEYS_VARIABLE = "LUKHAS_MCP_API_KEYS"
 _BEARER = re.compile(r"(?i:bearer)(?:[ \t]+(.*))?")
+_SECRET_NAME = re.compile(r"(?i)(?<![a-z])(?:api)?key(?![a-z])|token|secret|passw|auth")  # `key`, or a guess at it
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _LOOPBACK = re.compile(rf"localhost|\[::1\]|127(?:\.{_OCTET}){{3}}")
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?#@,\s]+)")
@@ -2465,15 +2466,14 @@ def authenticate(ring: KeyRing, request: Request, *, key_in_url: bool) -> Princi
 
 
 def mask_target(target: str) -> str:
-    """A request target for logs: what `key` is set to, however it is spelt, becomes `***`."""
+    """A request target for logs: what `key`, `api_key`, `token` and the like are set to becomes `***`."""
     path, mark, query = target.partition("?")
     if not mark:
         return target
     pairs = []
     for pair in query.split("&"):
-        name, equals, _ = pair.partition("=")
-        is_key = equals and unquote_plus(name).strip().lower() == "key"
-        pairs.append(f"{name}=***" if is_key else pair)
+        is_secret = _SECRET_NAME.search(unquote_plus(pair.rpartition("=")[0]))
+        pairs.append(pair.partition("=")[0] + "=***" if is_secret else pair)
     return f"{path}?{'&'.join(pairs)}"
 
 
@@ -17192,7 +17192,7 @@ def replay_stored(reads: Reads, canary: Canary, changes: Mapping[str, Any]) -> d
     return replay(canary, usable_samples(reads.load_samples(canary.canary_id)), changes)
 
 
-@tool("backtest", title="Backtest a policy on a gate's past", role="operator", level="access",
+@tool("backtest", title="Backtest a policy on a gate's past", level="access",
       hints={**READS, "openWorldHint": True}, output=BACKTESTED,
       arguments=shape(("gate",), gate=string("The gate.", is_id=True),
                       days=number("How many days back; more than 0, at most 30.", 0.01, 30, 7),
@@ -19754,7 +19754,7 @@ def _sweep_history(tx: Transaction) -> None:
         tx.record(AuditRecord(SYSTEM_ACTOR, "samples_sweep", (), sentence, {"count": count}))
 
 
-async def reload_keys(services: Services) -> None:
+async def reload_keys(services: Services, end_streams: Callable[[], None]) -> None:
     """Read the file of keys again; what a removed key had open ends. A file that is no good changes nothing."""
     config = services.config
     try:
@@ -19766,10 +19766,7 @@ async def reload_keys(services: Services) -> None:
                            {"outcome": "refused"})
         return
     removed, added = services.keys.replace(keys)
-    for subscriber in [one for one in services.broker.subscribers if one.owner in removed]:
-        subscriber.close()
-    for listener in [one for one in services.notices.listeners if one.owner in removed]:
-        listener.outlet.end(listener.farewell)  # its session, if it has one, is open to no other key and swept later
+    end_streams()  # sessions of a removed key are open to no other one, and swept later
     sentence = f"the keys were read again: {len(added)} new, {len(removed)} removed, {len(keys)} in all"
     log.info("%s", sentence)
     await _tell_reload(services, sentence, {"added": sorted(added), "removed": sorted(removed)})
@@ -19820,6 +19817,12 @@ class Wire:
                 connection.expire()
         self.flush()
 
+    def end_streams_of_strangers(self) -> None:
+        """The keys have changed: end what a removed one had open."""
+        for connection in self.connections:
+            if connection.is_streaming and not self.services.keys.knows(connection.principal):
+                connection.end_stream()
+
     def flush(self) -> None:
         """Hand the access log of the last half second to its writer, in one go."""
         if self.rows:
@@ -19841,6 +19844,7 @@ class Connection(asyncio.Protocol):
         self.deadline_s = math.inf
         self.is_busy = False  # serving a request, which a drain waits for
         self.is_streaming = False
+        self.principal: Principal | None = None  # who opened the stream
         self._wire = wire
         self._clock = wire.services.clock
         self._parser = RequestParser(wire.limits)
@@ -19904,7 +19908,11 @@ class Connection(asyncio.Protocol):
             del self._wire.per_address[self._peer]
         self._notify()
         self.resume_writing()
-        if self.is_streaming and self._task:
+        self.end_stream()
+
+    def end_stream(self) -> None:
+        """Send nothing more of a stream, if there is one."""
+        if self.is_streaming:
             self._task.cancel()
 
     def pause_writing(self) -> None:
@@ -20043,17 +20051,16 @@ class Connection(asyncio.Protocol):
 
     def _discard(self, request: Request) -> bool:
         """Take an unwanted body out of the way of the next request, if it is small and here."""
-        try:
-            return self._parser.discard_body(_DRAIN_BYTES) is True
-        except HttpError:
-            return False
+        return self._parser.discard_body(_DRAIN_BYTES) is True
 
     async def _send(self, request: Request, response: Response, started_s: float) -> bool:
         services = self._wire.services
         response.headers = [*response.headers, *_missing(shared_headers(services, request), response.headers)]
         is_open = request.keep_alive and not response.close and not services.is_draining
         if not self._is_lost:
-            self._write(request, response, is_open)
+            self._transport.write(encode_response(
+                response, keep_alive=is_open and response.stream is None, version=request.version,
+                is_head=request.method == "HEAD", now_text=self._wire.date))
             if response.stream is not None and request.method != "HEAD":
                 self._log(request, response.status, started_s)
                 await self._send_stream(request, response)
@@ -20065,13 +20072,8 @@ class Connection(asyncio.Protocol):
             self._linger()
         return is_open
 
-    def _write(self, request: Request, response: Response, is_open: bool) -> None:
-        self._transport.write(encode_response(
-            response, keep_alive=is_open and response.stream is None, version=request.version,
-            is_head=request.method == "HEAD", now_text=self._wire.date))
-
     async def _send_stream(self, request: Request, response: Response) -> None:
-        self.is_busy, self.is_streaming = False, True
+        self.is_busy, self.is_streaming, self.principal = False, True, request.principal
         self._is_endless = response.content_type == "text/event-stream"
         raw = self._transport.get_extra_info("socket")
         if raw is not None:
@@ -20086,10 +20088,13 @@ class Connection(asyncio.Protocol):
                     self.deadline_s = self._clock.monotonic_s() + _WRITE_S
                     await self._room
                     self.deadline_s = math.inf
-            if is_chunked and not self._is_lost:
-                self._transport.write(LAST_CHUNK)
+        except asyncio.CancelledError:  # the client has left, or its key is good no more
+            if not self._is_endless:
+                raise  # half a file must not look like a whole one
         finally:
             await response.stream.aclose()
+        if is_chunked and not self._is_lost:
+            self._transport.write(LAST_CHUNK)
 
     def _end(self, request: Request | None, error: HttpError) -> bool:
         self._answer(request, refuse(self._wire.services, request, error), is_last=True)
@@ -20387,11 +20392,11 @@ class Server:
         """Wait until somebody asks for a stop."""
         await self._stopping.wait()
 
-    def run_soon(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run what a signal asked for; it ends with the server at the latest."""
+    def reload_keys(self) -> None:
+        """Read the file of keys again, which ends with the server at the latest."""
         async def guarded() -> None:
             try:
-                await work
+                await reload_keys(self.services, self._wire.end_streams_of_strangers)
             # house: allow broad -- what a signal asked for failed; the server goes on
             except Exception:
                 log.exception("what a signal asked for failed")
@@ -20474,7 +20479,7 @@ async def serve(config: Config, announce: Callable[[Server], None] = lambda serv
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.request_stop)
         if config.api_keys_file:  # else a closed terminal ends the server, as ever
-            loop.add_signal_handler(signal.SIGHUP, lambda: server.run_soon(reload_keys(server.services)))
+            loop.add_signal_handler(signal.SIGHUP, server.reload_keys)
         try:
             await server.start()
         except ConfigError:

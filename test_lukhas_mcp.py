@@ -2361,7 +2361,9 @@ class TestAccess:
         ("/?k%65y=s", "/?k%65y=***"), ("/?%4bEY=s=t?u", "/?%4bEY=***"),
         ("/?key=s&key=t", "/?key=***&key=***"),
         ("/?+key=s", "/?+key=***"), ("/?%=1&%ff=2&key=s", "/?%=1&%ff=2&key=***"),
-        ("http://h/?key=s", "http://h/?key=***"),
+        ("http://h/?key=s", "http://h/?key=***"), ("/?api_key=s&apikey=t&x-api-key=u", "/?api_key=***&apikey=***&x-api-key=***"),
+        ("/?key[]=s&access_token=t&Authorization=u", "/?key[]=***&access_token=***&Authorization=***"), ("/?keys=1&turkey=2&a=key", "/?keys=1&turkey=2&a=key"),
+        ("/?a=b;key=s&c", "/?a=***&c"),
     ])
     def test_key_in_a_target_is_masked(self, target, masked):
         assert lm.mask_target(target) == masked
@@ -15560,6 +15562,7 @@ class TestListening:
 
 ALL_ROUTES = [(verb, path, one) for path, verbs in lm.ROUTES.items() for verb, one in verbs.items()]
 ROUTE_IDS = [f"{verb} {path}" for verb, path, _ in ALL_ROUTES]
+OPEN_PATHS = {"/", "/health", "/healthz", "/readyz", "/cockpit", "/cockpit.html"}
 ROUTE_QUERY = {"/sse": "?topic=jobs"}
 ROUTE_BODY = {"/mcp": '{"jsonrpc":"2.0","id":1,"method":"ping"}', "/observe": "\n"}
 JSON_KIND = {"Content-Type": "application/json"}
@@ -15596,8 +15599,7 @@ class TestRoutes:
                 ("GET", "/"), ("GET", "/health"), ("GET", "/healthz"), ("HEAD", "/healthz"),
                 ("GET", "/readyz"),
                 ("HEAD", "/readyz"), ("GET", "/metrics")} <= {(verb, path) for verb, path, _ in ALL_ROUTES}
-        assert {path for _, path, one in ALL_ROUTES if one.access == "open"} == {
-            "/", "/health", "/healthz", "/readyz", "/cockpit", "/cockpit.html"}
+        assert {path for _, path, one in ALL_ROUTES if one.access == "open"} == OPEN_PATHS
         for verb, path, one in ALL_ROUTES:
             assert (one.method, one.path) == (verb, path)
             assert one.access in ("open", "any", "viewer", "observe", "operator", "admin")
@@ -15634,6 +15636,35 @@ class TestRoutes:
                 assert reaches == (answer.status != 403)
                 if not reaches:
                     assert one.access in answer.text and role in answer.text and secret not in answer.text
+
+    @pytest.mark.parametrize("role", ROLE_KEYS)
+    def test_the_role_table_of_the_contract(self, locked_server, role):
+        """wire.md section 4, written out: tools, routes, resources and every other method, for one role."""
+        ranks = {"viewer": {"read"}, "reporter": {"observe"}, "operator": {"read", "observe", "write"},
+                 "admin": {"read", "observe", "write", "admin"}}[role]
+        own = {"X-API-Key": ROLE_KEYS[role]}
+
+        def is_refused(method, params):
+            _, _, document = locked_server.rpc(method, params, own)
+            return "needs the role" in json.dumps(document)
+        for one in lm.TOOLS.values():
+            need = {"observe": "observe", "freeze": "admin", "unfreeze": "admin"}.get(one.name, "read" if one.is_reading else "write")
+            assert is_refused("tools/call", {"name": one.name, "arguments": spoilt_arguments(one)}) == (need not in ranks), one.name
+        reads = {"resources/list": {}, "resources/templates/list": {}, "prompts/list": {},
+                 "resources/read": {"uri": "lukhas://file/README.md"}, "resources/subscribe": {"uri": "lukhas://file/README.md"},
+                 "prompts/get": {"name": "investigate_canary", "arguments": {"canaryId": "x"}},
+                 "completion/complete": {"ref": {"type": "ref/prompt", "name": "x"}, "argument": {"name": "a", "value": ""}}}
+        free = {"ping": {}, "tools/list": {}, "logging/setLevel": {"level": "info"}, "resources/unsubscribe": {"uri": "x"},
+                "initialize": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "x", "version": "1"}}}
+        assert {*reads, *free, "tools/call"} == {name for name, (_, legacy, _) in lm.METHODS.items() if legacy}
+        assert [name for name, params in reads.items() if is_refused(name, params)] == ([] if "read" in ranks else list(reads))
+        assert not [name for name, params in free.items() if is_refused(name, params)]
+        for uri in lm.RESOURCES:
+            assert is_refused("resources/read", {"uri": re.sub(r"\{.*\}", "x", uri)}) == ("read" not in ranks)
+        needs = {("POST", "/mcp"): "any", ("POST", "/observe"): "observe"}
+        for verb, path, one in ALL_ROUTES:
+            need = "any" if path in OPEN_PATHS else needs.get((verb, path), "read")
+            assert (take_route(locked_server, verb, path, own).status == 403) == (need not in {"any", *ranks}), (verb, path)
 
     @pytest.mark.parametrize(("verb", "path", "one"), ALL_ROUTES, ids=ROUTE_IDS)
     def test_keys_in_the_address(self, locked_server, verb, path, one):
@@ -16206,6 +16237,34 @@ class TestRounds:
             assert [status(one) for one in ("s-stay", "s-fresh", "s-root")] == [200] * 3 and server.request(
                 "GET", "/metrics", headers={"X-API-Key": ""}).status == 401
         assert "s-stay" not in server.stderr and server.stop() == 0
+
+    def test_whatever_a_removed_key_reads_ends_and_nobody_else_s(self, make_server, tmp_path):
+        """Every kind of stream: events, messages of the server and of a session, subscriptions, a call that tells its progress."""
+        keys = tmp_path / "keys"
+        keys.write_text("old:operator:s-old\nstay:operator:s-stay\n")
+        server = make_server(started=False, LUKHAS_MCP_API_KEYS_FILE=keys)
+        (server.repo / "lukhas.toml").write_text('[tasks.long]\ncommand = ["sleep", "60"]\nmetrics = "exit"\n')
+        server.start()
+        with contextlib.ExitStack() as stack:
+            def open_all(secret):
+                server.key = secret
+                message, own = modern_message("subscriptions/listen", {"notifications": {"resourcesListChanged": True}})
+                return [stack.enter_context(one) for one in (
+                    server.sse("models"), server.sse(path="/mcp"), LegacyClient(server).listen(), post_stream(server, message, own),
+                    post_stream(server, call_message("run_eval", {"taskId": "long", "configId": "x"}, "t")))]
+            gone, staying = open_all("s-old"), open_all("s-stay")
+            assert all(one.status == 200 for one in gone + staying)
+            keys.write_text("stay:operator:s-stay\n")
+            server.process.send_signal(signal.SIGHUP)
+            for stream in gone:
+                while stream.next_frame(5.0):
+                    pass
+            server.call("promote_model", modelId="m", gate="g")
+            staying[0].until_event("model")
+            for stream in staying:
+                stream._connection.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    assert stream._connection.recv(1, socket.MSG_PEEK) != b"", "it has ended"
 
     def test_a_ring_never_becomes_open(self):
         ring = lm.KeyRing(lm.parse_keys("a:viewer:x", "f"), system_secret="s")
