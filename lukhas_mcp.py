@@ -6907,7 +6907,8 @@ class Actuator:
 def plan_revert(reads: LedgerReads, gate: str, to: str | None) -> dict[str, Any]:
     """From whom to whom a revert would give a gate; not `changed`: there is nothing to do. Raises Conflict.
 
-    Only somebody who held it gets it back, so that a revert is no way around the gate's limits.
+    Only somebody who held it gets it back, and nobody from whom it was taken, so that a revert is no way
+    around the gate's limits.
     """
     holder, history = (reads.holder_of(gate) or {}).get("modelId"), reads.load_promotions(gate)
     document = {"gate": gate, "from": holder, "to": holder, "changed": False}
@@ -6915,9 +6916,12 @@ def plan_revert(reads: LedgerReads, gate: str, to: str | None) -> dict[str, Any]
         return document
     if holder is None:
         raise Conflict(f"nobody holds the gate {gate}; there is nothing to take back")
-    earlier = {*(one.model_id for one in history), *reads.models_at(gate)} - {holder, ""}
+    earlier = {*reads.models_at(gate)} - {holder}
     if to is not None and to not in earlier:
-        raise Conflict(f"{to} never held the gate {gate}; others that did: {', '.join(sorted(earlier)) or 'none'}")
+        was_taken = any(one.model_id == to for one in history)
+        raise Conflict(f"{to} " + ("had" if was_taken else "never held") + f" the gate {gate}"
+                       + (" taken back, so only a promotion gives it again" if was_taken else "")
+                       + f"; others that did: {', '.join(sorted(earlier)) or 'none'}")
     stack = stack_holders(history)
     return document | {"to": to or (stack[-2] if len(stack) > 1 else None), "changed": True}
 
@@ -7710,11 +7714,15 @@ def decide(tx: Transaction, canary: Canary, policy: Policy, verdict: Verdict, sa
     actuator.queue(tx, Deed.of_canary(moved), "promote" if is_promotion else "rollback", message, facts,
                    notice="" if is_promotion else f"rolled_back:{verdict.reason}")
     if is_given:
-        tx.publish("model", canary.model_id, "promoted", {"modelId": canary.model_id, "gate": canary.to_gate,
-                                                          "status": "PROMOTED", "canaryId": canary.canary_id,
-                                                          "currentGates": tx.gates_of(canary.model_id),
-                                                          "narrative": message})
+        tell_holder(tx, moved, message)
     return moved
+
+
+def tell_holder(tx: Transaction, canary: Canary, message: str) -> None:
+    """Tell on the topic of the model that it has the gate."""
+    tx.publish("model", canary.model_id, "promoted", {
+        "modelId": canary.model_id, "gate": canary.to_gate, "status": "PROMOTED", "canaryId": canary.canary_id,
+        "currentGates": tx.gates_of(canary.model_id), "narrative": message})
 
 
 def _narrate_decision(canary: Canary, policy: Policy, verdict: Verdict, sample: Sample | None) -> str:
@@ -7817,6 +7825,7 @@ def _end_watch(tx: Transaction, canary: Canary) -> Canary:
 
 
 QUEUED = "queued"  # the reason of a canary that waits for its gate
+ASKED = "approval_needed"  # of a promotion without a window that waits for a second person
 ALL_CANARIES = 1_000_000
 _REPEAT_S = 10.0  # the same start within this time is the same canary
 
@@ -8840,13 +8849,41 @@ class CanaryController:
             return moved
         return work
 
-    async def approve(self, canary_id: str, actor: Actor, reason: str | None = None) -> Canary:
-        """Promote a canary whose window is over and that waits for a yes. Raises NotFound, Conflict."""
-        canary = self._find(canary_id)
+    async def ask_promotion(self, model_id: str, gate: str, actor: Actor, given: Mapping[str, Any]) -> Canary:
+        """A promotion without a window, PENDING until another key approves it; asked for again, it is the same."""
+        def work(tx: Transaction) -> Canary:
+            waiting = tx.list_canaries(ALL_CANARIES, (CanaryStatus.PENDING,), gate)
+            for one in waiting:
+                if one.reason == ASKED and one.model_id == model_id:
+                    return one
+            self._brakes.check_frozen("a promotion", tx)
+            canary = Canary(new_id("canary"), model_id, (tx.gates_of(model_id) or [gate])[-1], gate, CanaryStatus.PENDING,
+                            tx.now, tx.now, {}, {}, ASKED, actor.name, None, tx.now_s)
+            tx.insert_canary(canary)
+            tell_canary(tx, canary, "queued", f"{actor.name} asks that {model_id} gets {gate} without a window; another "
+                        f"key's approve_canary of {canary.canary_id} does that", {"reason": ASKED},
+                        action="promotion_ask", actor=actor, given=given)
+            return canary
+        return await self._store.write(work)
+
+    def needs_another(self, canary: Canary) -> bool:
+        """Whether the operator wants a second person's yes, so that the key of who asked for it does not do."""
         limits = self._plan.gates.get(canary.to_gate)
-        if limits and limits.promote == "approve" and actor.name == canary.actor:
-            raise Conflict(f"gate {canary.to_gate} demands a second person, and {actor.name} started this canary; "
-                           "approve it with another key")
+        return canary.reason == ASKED or limits is not None and limits.promote == "approve"
+
+    async def approve(self, canary_id: str, actor: Actor, reason: str | None = None, *,
+                      is_person: bool = False) -> Canary:
+        """Promote a canary whose window is over and that waits for a yes. Raises NotFound, Conflict.
+
+        `is_person`: the person at the client was asked, and agreed.
+        """
+        canary = self._find(canary_id)
+        if self.needs_another(canary) and actor.name == canary.actor and not is_person:
+            raise Conflict(f"gate {canary.to_gate} demands a second person, and {actor.name} started {canary_id}; "
+                           "approve it with another key, or by a client that can ask its person")
+        given = {"reason": reason} if reason else None
+        if canary.reason == ASKED:
+            return await self._store.write(lambda tx: self._grant(tx, canary_id, actor, given))
         policy, state, verdict = self._judged(canary)
         if verdict.tick_class == "missing":
             raise Conflict(f"the last tick of {canary_id} has no value, and no data never promotes; try again after "
@@ -8860,13 +8897,33 @@ class CanaryController:
             if now.status != CanaryStatus.PAUSED or now.reason == HELD or state.ending is None:
                 raise Conflict(f"{canary_id} is {now.status}" + (f" ({now.reason})" if now.reason else "")
                                + "; only a canary that waits for it at the end of its window can be approved")
-            given = {"reason": reason} if reason else None
             tell_canary(tx, now, "approved", f"{actor.name} approved the canary of {now.model_id} to {now.to_gate}",
                         {"reason": now.reason}, action="canary_approve", actor=actor, given=given)
             inequality = f"approved by {actor.name}; {state.ending[2]}"
             return decide(tx, now, policy, replace(verdict, decision="promote", reason=now.reason,
                                                    inequality=inequality), state.last, self._actuator)
         return await self._store.write(work)
+
+    def _grant(self, tx: Transaction, canary_id: str, actor: Actor, given: Mapping[str, Any] | None) -> Canary:
+        """Carry out a promotion that was asked for; what the gate demands is looked at again."""
+        self._brakes.check_frozen("a promotion", tx)
+        canary = tx.find_canary(canary_id)
+        gate, model_id = canary.to_gate, canary.model_id
+        if self._brakes.hold_of(canary_id) or self._brakes.hold_of(f"gate {gate}"):
+            raise Conflict(f"{canary_id} was stopped, which the database could not store yet; try again later")
+        passes, unmet = find_requirements(tx, self._plan.gates.get(gate), model_id)
+        if unmet:
+            raise Conflict("; ".join(unmet))
+        moved = tx.move_canary(canary_id, (CanaryStatus.PENDING,), status=CanaryStatus.PROMOTED, reason="approved")
+        if moved is None:
+            raise Conflict(f"{canary_id} is {canary.status}; only one that is PENDING can be approved")
+        message = f"{actor.name} approved that {model_id} gets {gate}, which {canary.actor} had asked for"
+        tx.promote(model_id, gate, actor=actor.name, change_id=canary_id)
+        tell_canary(tx, moved, "promoted", message, {"reason": "approved", "passed": passes}, action="canary_promote",
+                    actor=actor, given=given, further_ids=tuple(passes.values()))
+        tell_holder(tx, moved, message)
+        self._actuator.queue(tx, Deed.of_canary(moved), "promote", message, {"by": actor.name})
+        return moved
 
     async def revert(self, gate: str, to: str | None, actor: Actor, reason: str | None = None) -> dict[str, Any]:
         """Take the last promotion to a gate back, or give the gate to an earlier holder. Raises Conflict.
@@ -14998,6 +15055,10 @@ class Exchange:
             self.require(ASKED_BY[request["method"]])
         raise Unavailable("this client can't be asked within this request")
 
+    def spend(self) -> bool:
+        """Use the answers up; False: they were used before, in a request that this one repeats."""
+        return True
+
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """Where the handler only waits, so that a cancelled request may end it here."""
@@ -15107,12 +15168,16 @@ class LiveExchange(Exchange):
 
 
 class ModernExchange(LiveExchange):
-    """A client of 2026-07-28: it is asked by the answer (MRTR); `answers` is what it said so far."""
+    """A client of 2026-07-28: it is asked by the answer (MRTR).
+
+    `answers` is what it said so far, to questions of this very call; `spend` takes them once, for good.
+    """
 
     def __init__(self, outlet: Outlet, capabilities: Mapping[str, Any], token: str | int | None, level: str | None,
-                 answers: Mapping[str, Any]):
+                 answers: Mapping[str, Any], spend: Callable[[], bool] = lambda: True):
         super().__init__(outlet, capabilities, token, level)
         self.used: dict[str, Any] = {}  #: answers that were asked for and proper; what the client keeps for us
+        self.spend = spend
         self._answers = answers
 
     @property
@@ -15139,21 +15204,24 @@ class ModernExchange(LiveExchange):
 class Seal:
     """Signs what a client keeps for this server between two rounds (MCP 2026-07-28, requestState).
 
-    The state names who may use it, until when and for which call, so that nobody else's answers, none
-    to other arguments and none of yesterday count. Another process or a restart does not know it.
+    The state names who may use it, until when, for which call and to which questions, so that nobody
+    else's answers, none to other arguments, none of yesterday and none that was not asked for count.
+    Another process or a restart does not know it.
     """
 
     def __init__(self) -> None:
         self._secret = bytes.fromhex(new_secret())
+        self._spent: dict[str, float] = {}  # states whose answers have been acted on, until they are too old anyway
 
-    def close(self, who: str, call: list[Any], answers: Mapping[str, Any], now_s: float) -> str:
-        """The text that the client keeps."""
-        document = {"until": now_s + _STATE_S, "call": _digest_call(who, call), "answers": dict(answers)}
+    def close(self, who: str, call: list[Any], answers: Mapping[str, Any], asked: Iterable[str], now_s: float) -> str:
+        """The text that the client keeps: what it has answered before, and what it is asked now."""
+        document = {"until": now_s + _STATE_S, "call": _digest_call(who, call), "answers": dict(answers),
+                    "asked": list(asked), "id": new_secret()[:16]}
         body = base64.urlsafe_b64encode(to_text(document).encode("ascii"))
         return f"{body.decode('ascii')}.{self._sign(body)}"
 
     def open(self, state: object, who: str, call: list[Any], now_s: float) -> dict[str, Any]:
-        """The answers in a state. Raises InvalidParams for one that was not made for this call."""
+        """The document of a state. Raises InvalidParams for one that was not made for this call."""
         body, _, signature = state.partition(".") if isinstance(state, str) and len(state) < _MAX_STATE else ("", "", "")
         body = body.encode("ascii", "replace")
         if not hmac.compare_digest(self._sign(body), signature.encode("ascii", "replace").decode("ascii")):
@@ -15163,7 +15231,14 @@ class Seal:
             raise InvalidParams("requestState belongs to another call; send the same params again")
         if document["until"] < now_s:
             raise InvalidParams(f"requestState is older than {_STATE_S:.0f} s; make the request again without it")
-        return document["answers"]
+        return document
+
+    def spend(self, state: Mapping[str, Any], now_s: float) -> bool:
+        """Act on the answers to a state; False when that was done before."""
+        self._spent = {one: until_s for one, until_s in self._spent.items() if until_s >= now_s}
+        is_new = state["id"] not in self._spent
+        self._spent[state["id"]] = state["until"]
+        return is_new
 
     def _sign(self, body: bytes) -> str:
         return hmac.new(self._secret, body, hashlib.sha256).hexdigest()
@@ -15545,6 +15620,8 @@ async def confirm(call: Call, sentence: str) -> None:
     said = (await call.client.ask({"confirm": elicit(sentence, confirm=boolean("Yes, do it."))}))["confirm"]
     if said["action"] != "accept" or said["content"]["confirm"] is not True:
         raise Conflict(f"the person at the client did not agree ({said['action']}); nothing was changed")
+    if not call.client.spend():
+        raise Conflict("this yes of the person at the client was acted on before; make the call anew, to ask again")
     call.is_confirmed = True
 
 
@@ -16065,7 +16142,7 @@ def describe_gap(state: IndexState) -> str:
 
 # ==============================================================================
 # 59. Works -- what goes on behind an answer: evals and canaries, waited for or taken as tasks
-# uses: Ground, Vocabulary, Schema, Watch, Exchange, Sessions, Toolkit
+# uses: Ground, Vocabulary, Schema, Watch, Starts, Exchange, Sessions, Toolkit
 # ==============================================================================
 # The row in the database is the work, whoever waits for it: a task is found again after a restart,
 # and a client that goes away takes nothing with it, unless it cancels, which really stops the work.
@@ -16147,36 +16224,37 @@ class CanaryWork:
             if said is None or find_answer_fault(request, said) or said["action"] == "cancel":
                 continue
             if said["action"] == "accept" and said["content"]["approve"] is True:
-                await services.canaries.approve(work_id, actor, "the person at the client agreed")
+                await services.canaries.approve(work_id, actor, "the person at the client agreed", is_person=True)
             else:
                 await services.canaries.abort(work_id, actor, "the person at the client declined")
 
 
-def _waits_for_yes(canary: Canary) -> bool:
-    return canary.status is CanaryStatus.PAUSED and canary.reason != HELD
-
-
-def _needs_another(services: Services, canary: Canary) -> bool:
-    """Whether the operator lets only another key than the starter's approve."""
-    limits = services.plan.gates.get(canary.to_gate)
-    return limits is not None and limits.promote == "approve"
+def waits_for_yes(canary: Canary) -> bool:
+    """Whether nothing but a person's yes is missing."""
+    return canary.status is CanaryStatus.PAUSED and canary.reason != HELD or canary.reason == ASKED
 
 
 def _way_to_approve(services: Services, canary: Canary) -> str:
-    """The command, and the page where there is a public one, by which a person ends the wait."""
-    if not _waits_for_yes(canary):
+    """The tool, and the page, by which a person ends the wait."""
+    if not waits_for_yes(canary):
         return ""
-    base = services.config.public_url.rstrip("/")
+    base = own_address(services)
     return (f"; approve_canary with canaryId {canary.canary_id} promotes it"
-            + (", by another key than its starter's" if _needs_another(services, canary) else "")
-            + (f" ({base}/cockpit.html#/why/{canary.canary_id})" if base else ""))
+            + (", by another key than its starter's" if services.canaries.needs_another(canary) else "")
+            + (f" ({base}/cockpit.html#/canary/{canary.canary_id})" if base else ""))
+
+
+def own_address(services: Services) -> str:
+    """The public address, else one on this machine; empty in a process that has none."""
+    endpoint = services.jobs.endpoint
+    return services.config.public_url.rstrip("/") or (endpoint.base_url if endpoint else "")
 
 
 def _ask_approval(services: Services, canary: Canary) -> dict[str, dict[str, Any]]:
     """What the client of its starter is asked about a canary that waits for a yes."""
-    if not _waits_for_yes(canary) or _needs_another(services, canary):
+    if not waits_for_yes(canary):
         return {}
-    return {"approve": elicit(f"Promote {canary.model_id} to {canary.to_gate}? Its canary is over: {canary.reason}.",
+    return {"approve": elicit(f"Promote {canary.model_id} to {canary.to_gate}? {canary.canary_id} waits: {canary.reason}.",
                               approve=boolean("Yes, promote it; no rolls it back."))}
 
 
@@ -17118,8 +17196,17 @@ async def tool_resume_canary(services: Services, call: Call) -> dict[str, Any]:
 @tool("approve_canary", title="Approve a canary", hints=WRITES, role="operator", level="changes", arguments=SWITCH,
       output=SWITCHED, examples=({"canaryId": "canary_00000000", "reason": "reviewed"},))
 async def tool_approve_canary(services: Services, call: Call) -> dict[str, Any]:
-    """Promote a canary whose window is over and that waits for a person's yes."""
-    return to_switched(await services.canaries.approve(call.get("canaryId"), call.actor, call.get("reason")))
+    """Promote a canary whose window is over, or a promotion that was asked for, and that waits for a person's yes.
+
+    Where the operator wants a second person this takes another key than the starter's, or the yes of the
+    person at the client, who is asked if the client can ask.
+    """
+    canary_id, canaries = call.get("canaryId"), services.canaries
+    canary = services.store.find_canary(canary_id)
+    if canary and waits_for_yes(canary) and canaries.needs_another(canary) and canary.actor == call.actor.name \
+            and call.client.can("elicitation"):
+        await confirm(call, f"Promote {canary.model_id} to {canary.to_gate}, as {canary_id} asks?")
+    return to_switched(await canaries.approve(canary_id, call.actor, call.get("reason"), is_person=call.is_confirmed))
 
 
 @tool("list_canaries", title="List canaries",
@@ -17448,6 +17535,10 @@ async def _take_gate_back(services: Services, call: Call, one: Undoable) -> None
 def _give_again(services: Services, tx: Transaction, call: Call, gate: str, model_id: str, cause: str) -> int:
     """Take a revert back: a promotion again, of a model that had been promoted; tells the audit id."""
     services.brakes.check_frozen("a promotion", tx)
+    limits = services.plan.gates.get(gate)
+    if limits and limits.promote != "direct":
+        raise Conflict(f"gates.{gate} in lukhas.toml says promote = \"{limits.promote}\", and to give {model_id} the gate "
+                       "again is a promotion; use start_canary")
     deed = Deed(new_id("promotion"), model_id, gate)
     message = f"{call.actor.name} gave {gate} to {model_id} again, from which it had been taken ({cause})"
     tx.promote(model_id, gate, actor=call.actor.name, change_id=deed.change_id)
@@ -17637,7 +17728,7 @@ async def _undo_each(services: Services, call: Call, listed: list[Undoable], *,
 
 # ==============================================================================
 # 65. GateTools -- gates as tools: promoted directly, looked at, taken back, frozen
-# uses: Ground, Errors, Vocabulary, Schema, Store, Brakes, Actuation, Policy, Starts, Toolkit, OpsTools
+# uses: Ground, Errors, Vocabulary, Schema, Store, Brakes, Actuation, Policy, Starts, Toolkit, Works, OpsTools
 # ==============================================================================
 
 
@@ -17648,17 +17739,22 @@ async def _undo_each(services: Services, call: Call, listed: list[Undoable], *,
       output=shape(("modelId", "gate", "dryRun", "changed", "currentGates", "promoted"), modelId=string(),
                    gate=string(), dryRun=boolean(), changed=boolean(), currentGates=array(string()),
                    promoted=boolean(), promotedAt=anything("", "string", "null"), promotionId=string(),
+                   status=string("PENDING: it waits for somebody else's approval."), canaryId=string("What approve_canary "
+                   "takes."), approve=mapping("tool, arguments, link and command that approve it."),
                    actuation=string("pending or none: whether hooks are being called."), warnings=array(string())),
       examples=({"modelId": "lukhas-v4", "gate": "staging", "dryRun": True},))
 async def tool_promote_model(services: Services, call: Call) -> dict[str, Any]:
     """Give a gate to a model at once, without a canary, where the operator allows that.
 
-    Where the operator says approve, the person at the client is asked first, if the client can ask.
+    Where the operator says approve, the person at the client is asked first. If the client can't ask, the
+    promotion stays PENDING until somebody else approves it: `approve` in the answer tells how.
     """
     model_id, gate, is_dry_run = call.get("modelId"), call.get("gate"), call.get("dryRun")
     passes = check_direct(services, call, model_id, gate)
     limits, holder = services.plan.gates.get(gate), (services.store.holder_of(gate) or {}).get("modelId")
     if limits and limits.promote == "approve" and not is_dry_run and holder != model_id:
+        if not call.client.can("elicitation"):
+            return tell_pending(services, call, await services.canaries.ask_promotion(model_id, gate, call.actor, call.input()))
         await confirm(call, f"Promote the model {model_id} to the gate {gate}, now held by {holder or 'nobody'}?")
         passes = check_direct(services, call, model_id, gate)  # a person may have taken minutes
     change_id = new_id("promotion")
@@ -17693,14 +17789,30 @@ def check_direct(services: Services, call: Call, model_id: str, gate: str) -> di
         known = store.held_gates()
         near = "" if gate in known else name_nearest(gate, known)
         call.warnings.append(f"the gate {gate} has no operator limits; set [gates.{gate}] in lukhas.toml{near}")
-    elif limits.promote == "canary" or limits.promote == "approve" and not call.client.can("elicitation"):
-        way = {"canary": "use start_canary", "approve": "use start_canary; at the end of its window another key's "
-               "approve_canary promotes"}[limits.promote]
-        raise Conflict(f"gates.{gate} in lukhas.toml says promote = \"{limits.promote}\"; {way}")
+    elif limits.promote == "canary":
+        raise Conflict(f"gates.{gate} in lukhas.toml says promote = \"canary\"; use start_canary")
     passes, unmet = find_requirements(store, limits, model_id)
     if unmet:
         raise Conflict("; ".join(unmet))
     return passes
+
+
+def tell_pending(services: Services, call: Call, canary: Canary) -> dict[str, Any]:
+    """The answer for a promotion that waits, with the call, the command and the page by which somebody else approves."""
+    canary_id, base, model = canary.canary_id, own_address(services), services.store.find_model(canary.model_id) or {}
+    asked = {"name": "approve_canary", "arguments": {"canaryId": canary_id}}
+    way: dict[str, Any] = {"tool": asked["name"], "arguments": asked["arguments"]}
+    if base:
+        body = to_text({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": asked})
+        way |= {"link": f"{base}/cockpit.html#/canary/{canary_id}", "command":
+                f"curl -s {base}/mcp -H 'Content-Type: application/json' -H \"X-API-Key: $OTHER_KEY\" -d '{body}'"}
+    call.warnings.append(f"{canary.to_gate} was not given yet: another key than {canary.actor}'s must approve {canary_id}, by "
+                         f"{way.get('command', 'the tool approve_canary')}; abort_canary declines"
+                         + ("" if services.config.api_keys.strip() else ". This server has no keys, so nobody is another: "
+                            "set LUKHAS_MCP_API_KEYS, or use a client that can ask its person (elicitation)"))
+    return {"modelId": canary.model_id, "gate": canary.to_gate, "dryRun": False, "changed": False, "status": "PENDING",
+            "currentGates": services.store.gates_of(canary.model_id), "promoted": model.get("promoted", False),
+            "promotedAt": model.get("promoted_at"), "canaryId": canary_id, "approve": way}
 
 
 def tell_promotion(tx: Transaction, services: Services, call: Call, deed: Deed,
@@ -18626,15 +18738,15 @@ def _meet_modern(services: Services, peer: Peer, name: str, params: dict[str, An
     level = meta.get(_PREFIX + "logLevel")
     if level is not None and level not in LEVELS:
         raise InvalidParams(f"{_PREFIX}logLevel is {str(level)[:40]!r}; allowed: {', '.join(LEVELS)}")
-    answers: dict[str, Any] = {}
+    answers, spend, given, now_s = {}, lambda: True, params.get("inputResponses"), services.clock.now_s()
     if params.get("requestState") is not None:
-        answers = services.seal.open(params["requestState"], peer.principal.name, _call_of(name, params),
-                                     services.clock.now_s())
-    if isinstance(params.get("inputResponses"), dict):
-        answers |= params["inputResponses"]
+        state = services.seal.open(params["requestState"], peer.principal.name, _call_of(name, params), now_s)
+        # An answer to what was not asked is an argument of the caller, not the word of a person.
+        said = {key: given[key] for key in state["asked"] if key in given} if isinstance(given, dict) else {}
+        answers, spend = state["answers"] | said, functools.partial(services.seal.spend, state, now_s)
     can_be_told = peer.context.can_stream and (token is not None or level is not None)
     peer.client = ModernExchange(Outlet() if can_be_told else None, meta[_PREFIX + "clientCapabilities"], token,
-                                 level if can_be_told else None, answers)
+                                 level if can_be_told else None, answers, spend)
     who = meta.get(_PREFIX + "clientInfo")
     if isinstance(who, dict):
         peer.origin = {"client": client_name(who), "request": peer.request_id}
@@ -18657,7 +18769,7 @@ async def _run(services: Services, peer: Peer, handler: Method, name: str, param
     try:
         result = await handler(services, peer, params)
     except InputRequired as asked:
-        state = services.seal.close(peer.principal.name, _call_of(name, params), peer.client.used,
+        state = services.seal.close(peer.principal.name, _call_of(name, params), peer.client.used, asked.requests,
                                     services.clock.now_s())
         result = {"resultType": "input_required", "inputRequests": asked.requests, "requestState": state}
     except (RpcError, AccessError) as error:
@@ -19117,11 +19229,14 @@ async def rpc_tasks_update(services: Services, peer: Peer, params: dict[str, Any
     """Take what a person answered to a task's questions."""
     _check_tasks(params)
     work, state, role = _find_task(services, peer, params.get("taskId"))
-    if not isinstance(params.get("inputResponses"), dict):
+    given = params.get("inputResponses")
+    if not isinstance(given, dict):
         raise InvalidParams("inputResponses must be an object")
     _check_role(peer, role)
+    asked = _fit_requests(state, _capabilities_of(params)).requests  # a client without a person has no answer of one
+    answers = {key: given[key] for key in asked if key in given}
     try:
-        await work.take(services, state.work_id, params["inputResponses"], Actor(peer.principal.name, peer.origin))
+        await work.take(services, state.work_id, answers, Actor(peer.principal.name, peer.origin))
     except ToolError as error:
         raise InvalidParams(error.message) from None
     return {}
