@@ -3137,6 +3137,12 @@ class LedgerWrites(LedgerReads):
                         f"('pending','sending') RETURNING {_DELIVERY}", *named.values(), delivery_id)
         return _to_delivery(row) if row else None
 
+    def sweep_outbox(self, before_s: float, limit: int) -> int:
+        """Forget calls that were settled and are older, but none that a promotion refers to; tells how many."""
+        return self._connection.execute(
+            "DELETE FROM outbox WHERE id IN (SELECT id FROM outbox WHERE state NOT IN ('pending','sending') AND created_s<? "
+            "AND change_id NOT IN (SELECT change_id FROM promotions) LIMIT ?)", (before_s, limit)).rowcount
+
     def set_switch(self, name: str, value: dict[str, Any] | None) -> None:
         """Set a switch, or turn it off."""
         if value is None:
@@ -3522,7 +3528,12 @@ _COLUMN_OF = {"result": "result_json", "progress": "progress_json", "effective":
 
 
 def _load(text: str | None) -> Any:
-    return json.loads(text) if text else None
+    if not text:
+        return None
+    try:
+        return parse_json(text.encode("ascii"))
+    except ValueError:  # the original's texts may hold what only the standard library takes
+        return json.loads(text)
 
 
 def _to_job(row: tuple[Any, ...]) -> Job:
@@ -4824,16 +4835,16 @@ class Policy:
     def has_targets(self) -> bool:
         return self.latency_p95_ms is not None and self.max_error_rate is not None
 
-    @property
+    @cached_property
     def last_tick(self) -> int:
         """The tick at which the window ends; the original took two at least."""
         return max(2, math.ceil(self.window_s / self.interval_s - 1e-9))
 
-    @property
+    @cached_property
     def warmup_ticks(self) -> int:
         return min(int(self.warmup_s / self.interval_s + 1e-9), self.last_tick - 1)
 
-    @property
+    @cached_property
     def judged_ticks(self) -> int:
         return self.last_tick - self.warmup_ticks
 
@@ -5159,6 +5170,7 @@ def _apply_limits(values: Mapping[str, Any], limits: GateLimits | None, has_coun
 
 
 _EFFECTS = (1.5, 2.0, 3.0, 5.0, 10.0)  # how many times worse than the target the evidence looks for
+_MOST = 1e300  # a ratio beyond is evidence enough, and the next factor must not make it infinite
 
 
 def binomial_tail(hits: int, trials: int, share: float) -> float:
@@ -5228,24 +5240,19 @@ class SequentialTest:
         worse = {min(0.9, share * effect) for effect in _EFFECTS}
         self._effects = [(math.log(other / share), math.log((1 - other) / (1 - share)))
                          for other in sorted(worse) if other > share]
-        self._log_sums = [-math.inf] * len(self._effects)
+        self._sums = [0.0] * len(self._effects)  # of the ratios of all that have begun
 
     def add(self, trials: float, hits: float) -> None:
         """Weigh one tick's requests."""
         if trials <= 0 or not self._effects:
             return
-        if self._begun < self._starts:
-            self._begun += 1
-            self._log_sums = [_log_add(one, 0.0) for one in self._log_sums]
-        self._log_sums = [min(700.0, one + min(self._cap, hits * bad + (trials - hits) * good))
-                          for one, (bad, good) in zip(self._log_sums, self._effects)]
-        total = sum(map(math.exp, self._log_sums)) / len(self._effects) + self._starts - self._begun
+        begins = self._begun < self._starts
+        self._begun += begins
+        # A sum that underflows is an effect without any evidence; one that has just begun is 1.
+        self._sums = [min(_MOST, (one + begins) * math.exp(min(self._cap, hits * bad + (trials - hits) * good)))
+                      for one, (bad, good) in zip(self._sums, self._effects)]
+        total = sum(self._sums) / len(self._effects) + self._starts - self._begun
         self.log_e = math.log(max(total, 1e-300) / self._starts)
-
-
-def _log_add(first: float, second: float) -> float:
-    high, low = max(first, second), min(first, second)
-    return high + math.log1p(math.exp(low - high))
 
 
 # ==============================================================================
@@ -5294,29 +5301,28 @@ class Judge:
         self.evidence = [SequentialTest(share, policy.judged_ticks, policy.alpha) for share in self.shares]
         self.ending: _Outcome | None = None
 
-    def add(self, sample: Sample) -> Verdict:
-        """Fold in the next sample, in order of ticks."""
+    def add(self, sample: Sample, *, is_told: bool = True) -> Verdict:
+        """Fold in the next sample, in order of ticks; the numbers stand in a verdict that is told, or ends it."""
         previous, self.tick = self.tick, sample.tick
         if sample.missing:
             self.missing[sample.missing] = self.missing.get(sample.missing, 0) + 1
         else:
             self.last = sample
+        outcome, tick_class = self._weigh_rules(sample, previous)
+        if outcome is not None:
+            return Verdict(*outcome[:2], tick_class, outcome[2], self.numbers() | self.end_numbers())
+        return Verdict("continue", "", tick_class, numbers=self.numbers() if is_told else {})
+
+    def _weigh_rules(self, sample: Sample, previous: int) -> tuple[_Outcome | None, str]:
+        """The outcome of the first rule that has one, and the class of the tick."""
         if sample.missing == "controller_down":
-            return self._verdict(self._sleep(previous), "missing")
+            return self._sleep(previous), "missing"
         if sample.tick <= self.policy.warmup_ticks:
-            return self._verdict(self._warm_up(sample), "warmup")
+            return self._warm_up(sample), "warmup"
         tick_class = self._classify(sample)
         self._count(sample, tick_class)
-        for check in _RULES[self.policy.mode]:
-            outcome = check(self, sample)
-            if outcome:
-                return self._verdict(outcome, tick_class)
-        return self._verdict(None, tick_class)
-
-    def _verdict(self, outcome: _Outcome | None, tick_class: str) -> Verdict:
-        if outcome is None:
-            return Verdict("continue", "", tick_class, numbers=self.numbers())
-        return Verdict(outcome[0], outcome[1], tick_class, outcome[2], self.numbers() | self.end_numbers())
+        outcomes = (check(self, sample) for check in _RULES[self.policy.mode])
+        return next(filter(None, outcomes), None), tick_class
 
     def numbers(self) -> dict[str, Any]:
         """Where the counters stand, in wire names; cheap enough for each tick."""
@@ -7430,8 +7436,8 @@ class Watch:
 
     def restore(self, samples: Sequence[Sample]) -> None:
         """Take up where the stored samples end; the deadline is that of the start, by the wall clock."""
-        for sample in samples:
-            self.verdict = self.judge.add(sample)
+        for at, sample in enumerate(samples, 1):
+            self.verdict = self.judge.add(sample, is_told=at == len(samples))
             if not sample.missing and sample.facts.get("counters"):
                 self._counters = tuple(sample.facts["counters"])
             self._requests.append(sample.increments[0] if sample.increments else 0.0)
@@ -8062,7 +8068,10 @@ class CanaryDriver:
     async def start(self) -> None:
         """Take up what a former process left under way, then what waits for its gate."""
         for canary in reversed(self._store.list_canaries(ALL_CANARIES, UNDER_WAY)):
-            await self._restore(canary)
+            await self._clock.sleep(0)  # whoever asks meanwhile is answered
+            now = self._store.find_canary(canary.canary_id)
+            if now.status in UNDER_WAY:  # nobody has ended it since
+                await self._restore(now)
         for canary in self._store.list_watched():
             self._spawn(canary.canary_id, self._watch_on(canary))
         await self.start_waiting()
@@ -8953,8 +8962,9 @@ class CanaryController:
             return watch.policy, watch.judge, watch.verdict
         policy = self._starts.policy_of(canary)
         state, verdict = Judge(policy), Verdict("continue", "", "")
-        for sample in usable_samples(self._store.load_samples(canary.canary_id) if samples is None else samples):
-            verdict = state.add(sample)
+        usable = usable_samples(self._store.load_samples(canary.canary_id) if samples is None else samples)
+        for at, sample in enumerate(usable, 1):
+            verdict = state.add(sample, is_told=at == len(usable))
         return policy, state, verdict
 
     def verdict_of(self, canary: Canary, samples: list[Sample]) -> dict[str, Any] | None:
@@ -19857,7 +19867,8 @@ class Housekeeping:
         if now_s >= self._jobs_due_s:
             self._jobs_due_s = now_s + _JOBS_SWEEP_S
             await services.jobs.sweep()
-            await services.store.write(lambda tx: (tx.sweep_contents(), tx.sweep_large_events(_KEPT_EVENT_BYTES)))
+            await services.store.write(lambda tx: (tx.sweep_contents(), tx.sweep_large_events(_KEPT_EVENT_BYTES),
+                                                   tx.sweep_outbox(tx.now_s - _SAMPLES_KEPT_S, _KEPT_SAMPLES)))
 
 
 def _sweep_history(tx: Transaction) -> None:

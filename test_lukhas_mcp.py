@@ -2784,6 +2784,22 @@ class TestLedger:
                 "lastOutcome": {"fault": "x"}, "nextAttemptAt": None}
         run_in_store(tmp_path, story)
 
+    def test_settled_calls_are_forgotten_but_those_of_a_promotion(self, tmp_path):
+        clock = FakeClock()
+
+        async def story(store, write):
+            def fill(tx):
+                for change_id in ("canary_1", "canary_2", "revert_1"):
+                    tx.add_delivery(change_id, "rollback", "mesh", "prod", {})
+                tx.promote("m", "prod", change_id="canary_2")
+            await write(fill)
+            await write(lambda tx: [tx.move_delivery(number, state="done") for number in (1, 2)])
+            clock.passed_s = 100
+            assert await write(lambda tx: tx.sweep_outbox(FakeClock().now_s(), 9)) == 0
+            assert await write(lambda tx: tx.sweep_outbox(tx.now_s, 9)) == 1
+            assert [len(store.load_deliveries(one)) for one in ("canary_1", "canary_2", "revert_1")] == [0, 1, 1]
+        run_in_store(tmp_path, story, clock)
+
     def test_switches_and_passes(self, tmp_path):
         async def story(store, write):
             assert store.find_switch("freeze") is None
@@ -7017,6 +7033,23 @@ class TestDriver:
                 assert lm.actuation_of(canaries.store.load_deliveries(canary.canary_id)) == "done"
                 assert steps_of(canaries, canary.canary_id) == [
                     "started", "actuation", "actuation", "metric", "metric", "promoted", "actuation", "actuation"]
+        run_async(work())
+
+    def test_others_have_their_turn_while_many_are_taken_up(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                canaries.clock.until_s = 0
+                await canaries.store.write(lambda tx: [tx.insert_canary(lm.Canary(
+                    f"canary_{at}", "m", "stage", f"gate-{at}", lm.CanaryStatus.RUNNING, tx.now, tx.now, {}, policy_of().to_wire(),
+                    started_s=tx.now_s)) for at in range(20)])
+                starting, turns = asyncio.create_task(canaries.control.start()), 0
+                aborting = asyncio.create_task(canaries.control.abort("canary_19", ADA))
+                while not starting.done():
+                    turns += 1
+                    await asyncio.sleep(0)
+                await aborting
+                await until_canary(canaries, lambda: len(canaries.control._driver.watches) == 19)
+                assert turns >= 20
         run_async(work())
 
     def test_it_is_waited_for_after_a_restart_too(self, tmp_path):
@@ -20308,7 +20341,7 @@ def bench_main(argv: list[str]) -> int:
     """Print every figure; `--quick` takes fewer rounds."""
     parser = argparse.ArgumentParser(prog="test_lukhas_mcp.py bench", description=bench_main.__doc__)
     parser.add_argument("--quick", action="store_true", help="shorter rounds")
-    parser.add_argument("--only", choices=("start", "calls", "fan"), help="one part only")
+    parser.add_argument("--only", choices=("start", "calls", "fan", "canaries"), help="one part only")
     options = parser.parse_args(argv)
     loop = "uvloop" if lm.uvloop else "asyncio"
     print(f"Python {sys.version.split()[0]}, {loop}, {'orjson' if lm.orjson else 'json'}, {os.cpu_count()} cores")
@@ -20320,6 +20353,9 @@ def bench_main(argv: list[str]) -> int:
             bench_calls(folder, 1.0 if options.quick else 3.0)
         if options.only in (None, "fan"):
             bench_fan_out(folder, 20, 500 if options.quick else 2000)
+        if options.only in (None, "canaries"):
+            bench_canaries(bench_folder(folder, "canaries"))
+            bench_hooks(bench_folder(folder, "hooks"), 100 if options.quick else 300)
     return 0
 
 
@@ -21440,17 +21476,20 @@ class TestClients:
 # ==============================================================================
 # Time is shortened ten times: a tick is a second of ours and ten of the simulator's. What a query
 # answers depends on the moment that it asks about, not on the moment at which it comes, so a busy
-# machine changes nothing as long as it leaves no tick out. With CANARY_PROOF=all there are three
-# draws of each scenario, 100 kills and a whole minute of 200 canaries.
+# machine changes nothing as long as it leaves no tick out; a draw in which it did is drawn again,
+# at half the speed. `python3 test_lukhas_mcp.py prove` takes three draws of each scenario, 100 kills
+# and a whole minute of 200 canaries; a usual run takes a sample.
 
 
 IS_WHOLE_PROOF = os.environ.get("CANARY_PROOF") == "all"
 SPEED = 10.0
 _AT_A_TIME = 23  # gates side by side; two cores are busy with more
+_ROUNDS = 3  # of a draw that this machine was too slow for, each at half the speed of the one before
+#: Of the 23 scenarios: promoted and rolled back, by counts and by missing data, early and late.
+SAMPLED = ("healthy", "metric_gaps", "error_burst", "step_80", "flapping", "low_traffic_bad", "prom_outage", "canary_crash")
 PROOF_QUERIES = {"PROM_Q_REQ": 'requests{gate="$__gate"}', "PROM_Q_ERRCOUNT": 'errcount{gate="$__gate"}',
                  "PROM_Q_FAST": 'all_bucket{gate="$__gate",le="$__target_s"}'}
 PROOF_TARGETS = {"latency_p95_ms": 250.0, "max_error_rate": 0.01}
-PROOF_POLICY = {"windowSeconds": 30, "queryWindowSeconds": 3, "targets": PROOF_TARGETS}
 #: Classes that no scenario has: this machine was too slow for a tick.
 TOO_SLOW = {"overrun", "controller_down", "timeout", "reset", "refused", "unreachable", "error"}
 
@@ -21471,9 +21510,7 @@ class Draw:
         self.name = f"{name}/{draw}"
         self.gate = f"g{number}.{draw}"  # no word in it that could be taken for a kind of query
         self.script = lab.SimScript(name, seed=2026, draw=draw)
-        self.script.speed = SPEED
         self.is_boundary = self.script.run.sc.boundary
-        self.began_s: float | None = None
         self.decision, self.tick = self._decide()
 
     def _decide(self) -> tuple[str, int]:
@@ -21484,32 +21521,37 @@ class Draw:
                 return decision, row["tick"]
         raise AssertionError(f"{self.name} is never decided")
 
-    def answer(self, kind: str, at_s: float, query: str) -> Any:
-        """What stands at the tick next to a moment; nothing until the start is known."""
-        tick = round(at_s - self.began_s) if self.began_s is not None else 0
+    def answer(self, kind: str, passed_s: float, tick_s: float, query: str) -> Any:
+        """What stands at the tick next to a moment."""
+        self.script.speed = SPEED / tick_s
+        tick = round(passed_s / tick_s)
         return self.script(kind, tick * SPEED, query) if tick > 0 else "empty"
 
 
 def serve_draws(lab: Any, draws: list[Draw], port: int) -> None:
-    """lab/fake_prom.py over many gates, each of which is one draw, until this process is ended."""
-    by_gate, asked = {one.gate: one for one in draws}, threading.local()
+    """lab/fake_prom.py over many gates, each a round of a draw, until this process is ended."""
+    by_gate, begun, asked = {one.gate: one for one in draws}, {}, threading.local()
 
     class SimulatedPrometheus(lab.FakePrometheus):
-        """Goes by the moment that a query asks about; is told when each canary began."""
+        """Goes by the moment that a query asks about; is told when each canary began, and what a tick is."""
 
         def _handle(self, handler: Any, url: Any, body: bytes) -> None:
-            told = parse_qs(url.query)
+            told = {name: values[0] for name, values in parse_qs(url.query).items()}
             if url.path == "/began":
-                by_gate[told["gate"][0]].began_s = float(told["at"][0])
+                begun[told["gate"]] = float(told["at"]), float(told["tick"])
                 return self._send(handler, 200, b"{}")
-            asked.at_s = float(told["time"][0])
+            asked.at_s = float(told["time"])
             super()._handle(handler, url, body)
 
         def elapsed(self) -> float:
             return asked.at_s
 
-    SimulatedPrometheus(lambda kind, at_s, query: by_gate[re.search(r'gate="([^"]+)"', query)[1]].answer(
-        kind, at_s, query), port).start().thread.join()
+    def answer(kind: str, at_s: float, query: str) -> Any:
+        gate = re.search(r'gate="([^"]+)"', query)[1]
+        began_s, tick_s = begun.get(gate, (math.inf, 1.0))
+        return by_gate[gate.rpartition("-")[0]].answer(kind, at_s - began_s, tick_s, query) if at_s > began_s else "empty"
+
+    SimulatedPrometheus(answer, port).start().thread.join()
 
 
 @contextlib.contextmanager
@@ -21544,13 +21586,15 @@ class Race(threading.Thread):
 
     def run(self) -> None:
         try:
-            for at in range(0, len(self.draws), _AT_A_TIME):
-                self._run_all({one.gate: one for one in self.draws[at:at + _AT_A_TIME]})
+            for at in range(_ROUNDS):
+                left = [one for one in self.draws if at == 0 or not self._kills and is_disturbed(self.outcomes[one.gate])]
+                for first in range(0, len(left), _AT_A_TIME):
+                    self._run_all(left[first:first + _AT_A_TIME], at)
         except BaseException as error:  # told by `finish`, in the thread of the test
             self._error = error
 
-    def _run_all(self, draws: dict[str, Draw]) -> None:
-        ids = {gate: self._start_one(one) for gate, one in draws.items()}
+    def _run_all(self, draws: list[Draw], at: int) -> None:
+        ids = {one.gate: self._start_one(f"{one.gate}-{at}", 2 ** at) for one in draws}
         chance, began_s = random.Random(7), time.monotonic()
         for at_s in sorted(chance.uniform(1, 28) for _ in range(self._kills)):
             while time.monotonic() < began_s + at_s:
@@ -21558,13 +21602,13 @@ class Race(threading.Thread):
             self._server.restart()
             self.restarts += 1
         for gate, canary_id in ids.items():
-            self.outcomes[gate] = self._server.wait_for("canary_status", 60, canaryId=canary_id, limit=200)
+            self.outcomes[gate] = self._server.wait_for("canary_status", 60 * 2 ** at, canaryId=canary_id, limit=200)
 
-    def _start_one(self, one: Draw) -> str:
-        found = self._server.call("start_canary", modelId="m", fromGate="stage", toGate=one.gate,
-                                  policy=PROOF_POLICY)
+    def _start_one(self, gate: str, tick_s: int) -> str:
+        policy = {"windowSeconds": 30 * tick_s, "queryWindowSeconds": 3 * tick_s, "intervalSeconds": tick_s, "targets": PROOF_TARGETS}
+        found = self._server.call("start_canary", modelId="m", fromGate="stage", toGate=gate, policy=policy)
         created_at = self._server.call("canary_status", canaryId=found["canaryId"], limit=1)["createdAt"]
-        query = urlencode({"gate": one.gate, "at": lm.parse_utc(created_at)})
+        query = urlencode({"gate": gate, "at": lm.parse_utc(created_at), "tick": tick_s})
         urllib.request.urlopen(f"{self._prometheus_url}/began?{query}", timeout=5).close()
         return found["canaryId"]
 
@@ -21578,7 +21622,8 @@ class Race(threading.Thread):
 
 def is_disturbed(found: dict[str, Any]) -> bool:
     """Whether this machine was too slow for a tick, which then proves nothing."""
-    return any(one["missing"] in TOO_SLOW for one in found["samples"])
+    return any(one["missing"] in TOO_SLOW or round(one["elapsedSeconds"] / found["effectivePolicy"]["intervalSeconds"]) != one["tick"]
+               for one in found["samples"])
 
 
 @contextlib.contextmanager
@@ -21599,7 +21644,7 @@ def racing(folder: pathlib.Path, draws: list[Draw], kills: int = 0) -> Iterator[
 def races(tmp_path_factory: Any) -> Iterator[tuple[Race, Race]]:
     """Two races that go on while other tests run: one undisturbed, one over servers that are killed."""
     lab = load_fake_prometheus()
-    names = [one.name for one in load_simulator().SCENARIOS]
+    names = [one.name for one in load_simulator().SCENARIOS if IS_WHOLE_PROOF or one.name in SAMPLED]
     draws = [[Draw(lab, number, name, draw) for number, name in enumerate(names)]
              for draw in range(4 if IS_WHOLE_PROOF else 2)]
     with contextlib.ExitStack() as stack:
@@ -21767,6 +21812,21 @@ class QuickPrometheus:
         self._thread.join(5)
 
 
+def processor_s(pid: int) -> float:
+    """Seconds that a process has had of the processors."""
+    words = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def meter_lag(seconds: float) -> float:
+    """Wait, and tell how late the latest hundredth of many short sleeps ended."""
+    late_s, end_s = [], time.monotonic() + seconds
+    while (begun_s := time.monotonic()) < end_s:
+        time.sleep(0.005)
+        late_s.append(time.monotonic() - begun_s - 0.005)
+    return sorted(late_s)[int(0.99 * len(late_s))]
+
+
 LIMITED_GATE = """
 [gates.production]
 max_latency_p95_ms = 250
@@ -21887,14 +21947,17 @@ class TestCanaryProof:
             made = [server.call("start_canary", modelId="m", fromGate="stage", toGate=mode,
                                 policy={"mode": mode, **policy})["canaryId"] for mode in ("bake", "guarded")]
             with server.sse(*(f"canary/{one}" for one in made)) as stream:
-                stream.until(lambda frame: frame.event == "metric" and frame.json["tick"] == 6, 20)
+                stream.until(lambda frame: frame.event == "metric" and frame.json["tick"] == 5, 20)
                 exporter.failing = 1.0
                 wait_until(lambda: b'"value"' in urllib.request.urlopen(address, timeout=5).read(), 20)
-                seen_s = time.monotonic()
-                for _ in made:
-                    stream.next_frame()
-                    stream.until_event("rolled_back", timeout_s=20)
-                assert time.monotonic() - seen_s <= 2 * 1.0 + 1.0
+                seen_s = time.time()
+                stream.until(lambda frame: len([one for one in stream.frames if one.event == "rolled_back"]) == 2, 20)
+            for canary_id in made:
+                found = server.call("canary_status", canaryId=canary_id)
+                shown = [one for one in found["samples"] if one["error_rate"] > 0.05]
+                late_s = max(one["elapsedSeconds"] - one["tick"] for one in found["samples"])  # of this machine
+                assert (len(shown), shown[-1]["verdict"], found["reason"]) == (2, "egregious", "egregious")
+                assert lm.parse_utc(found["updatedAt"]) - seen_s <= 2 * 1.0 + 1.0 + late_s
         finally:
             prometheus.stop()
             exporter.stop()
@@ -21934,7 +21997,7 @@ class TestCanaryProof:
                 points += 1
                 run_forked(folder, draw, (tick + chance.uniform(0.05, 1.95)) * 10, None)
             assert read_progress(folder)[0] == decided, (draw, tick)
-            if points == (100 if IS_WHOLE_PROOF else 10):
+            if points == (100 if IS_WHOLE_PROOF else 4):
                 return
         raise AssertionError(f"only {points} kills came in time")
 
@@ -21944,23 +22007,27 @@ class TestCanaryProof:
         with QuickPrometheus() as prometheus:
             server = make_server(PROM_URL=f"http://127.0.0.1:{prometheus.port}", CANARY_INTERVAL_SECONDS=1,
                                  PROM_Q_LAT="p95[$__window]", PROM_Q_ERR="rate[$__window] or vector(0)")
-            seconds = 60 if IS_WHOLE_PROOF else 10
+            seconds = 60 if IS_WHOLE_PROOF else 6
             policy = {"windowSeconds": seconds + 30, "queryWindowSeconds": 1, "targets": PROOF_TARGETS}
             ids = [server.call("start_canary", modelId="m", fromGate="stage", toGate=f"g{at}",
                                policy=policy)["canaryId"] for at in range(200)]
-            begun, asked_before = time.monotonic(), prometheus.count
-            wait_until(lambda: time.monotonic() > begun + seconds, seconds + 5)
-            asked = (prometheus.count - asked_before) / (time.monotonic() - begun)
+            asked_before, worked_before_s = prometheus.count, processor_s(server.process.pid)
+            lag_s = meter_lag(seconds)
+            asked = (prometheus.count - asked_before) / seconds
+            worked_s = processor_s(server.process.pid) - worked_before_s
             samples = [one for canary_id in ids
                        for one in server.call("canary_status", canaryId=canary_id, limit=1000)["samples"]]
             late_s = sorted(one["elapsedSeconds"] - one["tick"] for one in samples)
-            assert len(samples) >= 200 * (seconds - 1) and not [one for one in samples if one["missing"]]
-            assert late_s[int(0.99 * len(late_s))] <= 0.1, (late_s[-5:], asked)
-            assert asked < 100, f"{asked:.0f} queries a second: the same one must be asked once for all canaries"
+            told = f"late {late_s[int(0.99 * len(late_s))]:.3f} s, the machine {lag_s:.3f} s, processor {worked_s:.2f} s, {asked:.0f} asked"
+            assert worked_s < 0.45 * seconds, told
+            assert asked < 100, f"{told}: the same query must be asked once for all canaries"
+            if lag_s < 0.02:  # on a machine that lets a bare thread wait for longer, lateness is not ours
+                assert len(samples) >= 200 * (seconds - 1) and not [one for one in samples if one["missing"]], told
+                assert late_s[int(0.99 * len(late_s))] <= 0.1, told
 
     def test_all_scenarios_over_http_end_as_in_process_at_the_same_tick(self, races):
         judged = [(one, found) for one, found in races[0].finish() if not is_disturbed(found)]
-        assert len(judged) > 0.8 * len(races[0].draws), "this machine is too slow to prove anything"
+        assert len(judged) >= 0.8 * len(races[0].draws), "this machine is too slow to prove anything"
         assert {one.name: (one.decision, one.tick) for one, _ in judged} == {
             one.name: (found["status"], found["samples"][-1]["tick"]) for one, found in judged}
 
@@ -21969,6 +22036,12 @@ class TestCanaryProof:
         expected = {one.name: one.decision for one, _ in outcomes}
         assert expected == {one.name: found["status"] for one, found in outcomes}
         assert races[1].restarts == 3
+
+
+def prove_main(arguments: list[str]) -> int:
+    """The whole proof of canaries, about eight minutes."""
+    os.environ["CANARY_PROOF"] = "all"
+    return main(["-k", "TestCanaryProof", *arguments])
 
 
 def bench_canaries(folder: pathlib.Path) -> None:
@@ -22007,6 +22080,21 @@ def bench_canaries(folder: pathlib.Path) -> None:
     taken_s, worked_s = bench_loop(resume())
     print(f"resume, 1000 canaries of 20 samples    {taken_s:9.3f} s, {worked_s:.3f} s of them on the processor")
     print(f"a tick, cost on the event loop         {1000 * bench_loop(tick()):9.3f} ms")
+
+
+def bench_hooks(folder: pathlib.Path, count: int) -> None:
+    """How long after its decision a webhook arrives."""
+    with Receiver(200) as receiver:
+        server = Server(folder)
+        (server.repo / "lukhas.toml").write_text(f'[hooks.mesh]\nurl = "{receiver.url}"\n[defaults]\nonPromote = "mesh"\n')
+        server.start()
+        for at in range(count):
+            server.call("promote_model", modelId=f"m{at}", gate=f"gate-{at % 7}")
+        wait_until(lambda: len(receiver.calls) == count, 30)
+        wall_s = time.time() - time.monotonic()
+        times = [1000 * (wall_s + at_s - lm.parse_utc(json.loads(body)["at"])) for _, body, at_s in receiver.calls]
+        print(f"decision to webhook arrival            {quantiles(times)}")
+        server.stop()
 
 
 # ==============================================================================
