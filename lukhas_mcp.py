@@ -299,7 +299,7 @@ __all__ = [
     # Patch
     "PatchResult", "apply_patch",
     # Paths
-    "Root", "is_secret_path", "open_subfolder", "open_regular", "read_open_file", "explain_os_error", "file_errors",
+    "Root", "is_secret_path", "open_subfolder", "open_regular", "take_name", "read_open_file", "explain_os_error", "file_errors",
     # Contents
     "encode_contents", "apply_template", "encode_path_id", "decode_path_id", "text_document",
     # Repository
@@ -11268,6 +11268,7 @@ _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _UNNAMEABLE = re.compile(r"[\0-\x1f\x7f\\\ud800-\udfff]")
 _IS_LINK = (errno.ELOOP, errno.EMLINK)  # how Linux and the BSDs call a link under O_NOFOLLOW
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 TEMP_PREFIX = ".mcp-tmp-"
 
 _SECRET_NAMES = frozenset(
@@ -11324,6 +11325,8 @@ class Root:
         self._beginnings = tuple(dict.fromkeys(name.rstrip("/") + "/" for name in names))
         self._own = self._places(own_files)
         self._closed = self._places(closed_files)
+        self._own_paths, self._closed_paths = (
+            tuple(os.path.join(self.path, name) for name in filter(None, names)) for names in (own_files, closed_files))
         try:
             self._protected = [compile_glob(pattern.casefold()) for pattern in protected]
         except InvalidArguments as error:
@@ -11373,6 +11376,15 @@ class Root:
             raise PathRefused(f"Names with {TEMP_PREFIX} are the server's own: {_shown_path(path)}")
         return rel
 
+    def check_twin(self, status: os.stat_result, rel: str, *, to_write: bool = False) -> None:
+        """Raise PathRefused for another name, by a hard link, of a closed file or of one of ours."""
+        if status.st_nlink < 2:
+            return
+        for path in self._closed_paths + (self._own_paths if to_write else ()):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(path), status):
+                    raise PathRefused(f"It is another name of a file that belongs to the server: {rel}")
+
     def is_secret(self, rel: str) -> bool:
         """Whether a relative path is refused as a secret, here and now."""
         return not self.allow_secrets and is_secret_path(rel)
@@ -11406,12 +11418,22 @@ class Root:
         with self.open_folder(parent, create=create) as folder:
             yield folder, name
 
+    def is_there(self, rel: str) -> bool:
+        """Whether anything stands there, reached through no link."""
+        try:
+            with self.open_parent(rel) as (folder, name):
+                os.stat(name, dir_fd=folder, follow_symlinks=False)
+            return True
+        except (OSError, PathRefused):
+            return False
+
     @contextlib.contextmanager
     def open_file(self, rel: str) -> Iterator[tuple[int, os.stat_result]]:
         """A regular file open for reading, and its stat."""
         with self.open_parent(rel) as (folder, name):
             descriptor, status = open_regular(folder, name, rel)
         try:
+            self.check_twin(status, rel)
             yield descriptor, status
         finally:
             os.close(descriptor)
@@ -11522,6 +11544,19 @@ def open_regular(folder: int, name: str, rel: str) -> tuple[int, os.stat_result]
     if stat.S_ISDIR(status.st_mode):
         raise Conflict(f"It is a folder, not a file: {rel}")
     raise PathRefused(f"Not a regular file: {rel}")
+
+
+def take_name(folder: int, name: str, new_name: str, new_folder: int | None = None) -> None:
+    """Give a file a name that nothing has; FileExistsError if something has it, whoever was faster."""
+    new_folder = folder if new_folder is None else new_folder
+    try:
+        os.link(name, new_name, src_dir_fd=folder, dst_dir_fd=new_folder, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # No links here (FAT, some mounts): reserve the name by an empty file, then take its place.
+        os.close(os.open(new_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=new_folder))
+        os.replace(name, new_name, src_dir_fd=folder, dst_dir_fd=new_folder)
 
 
 def read_open_file(descriptor: int, limit_bytes: int) -> bytes:
@@ -11764,7 +11799,6 @@ _SWEEP_S = 60.0
 _LOCKS = 64  # paths share locks by their hash, so there is nothing to clean up
 _SKIPPED_FOLDERS = frozenset("node_modules __pycache__ .venv venv .tox .nox .mypy_cache .pytest_cache "
                              ".ruff_cache .hypothesis .gradle .terraform".split())
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -11972,10 +12006,23 @@ class Repository:
         now = self._sha256_of(details["path"])
         if details["kind"] == "rename":
             there = self._sha256_of(details["to"])
+            if now == there == new and not details["targetSha256"] and self._end_rename(details["path"], details["to"]):
+                return "new"
             if now is None and there == new:
                 return "new"
             return "old" if (now, there) == (old, details["targetSha256"]) else "other"
         return "new" if now == new else "old" if now == old else "other"
+
+    def _end_rename(self, source: str, target: str) -> bool:
+        """Take the old name away where a kill has left both; tells whether they were two of one file."""
+        with file_errors(source), self.root.open_parent(source) as (folder, name), \
+                self.root.open_parent(target) as (there, new_name):
+            if not os.path.samestat(os.stat(name, dir_fd=folder, follow_symlinks=False),
+                                    os.stat(new_name, dir_fd=there, follow_symlinks=False)):
+                return False
+            os.unlink(name, dir_fd=folder)
+            os.fsync(folder)
+        return True
 
     def sweep(self) -> int:
         """Remove the temporary files of processes that are gone; tells how many."""
@@ -11989,9 +12036,12 @@ class Repository:
         with file_errors(rel):
             try:
                 with self.root.open_parent(rel) as (folder, name):
-                    return rel, _read_current(folder, name, rel)
+                    current = _read_current(folder, name, rel)
             except FileNotFoundError:
                 return rel, None
+        if current:
+            self.root.check_twin(current.status, rel, to_write=True)
+        return rel, current
 
     def _contents_of(self, rel: str, current: _Current) -> bytes:
         if current.contents is not None:
@@ -12034,7 +12084,7 @@ class Repository:
             current = _expect(folder, name, change.rel, change.old_sha256)
             with _temporary_file(folder, change.contents, current) as (temporary, status):
                 if current is None:
-                    _take_name(folder, temporary, name)
+                    take_name(folder, temporary, name)
                 else:
                     _check_untouched(folder, name, change.rel, current)
                     os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -12048,7 +12098,7 @@ class Repository:
                 new_folder, new_name = there
                 replaced = _expect(new_folder, new_name, change.target, change.target_sha256)
                 if replaced is None:
-                    _take_name(folder, name, new_name, new_folder)
+                    take_name(folder, name, new_name, new_folder)
                     with contextlib.suppress(FileNotFoundError):  # without links it has moved already
                         os.unlink(name, dir_fd=folder)
                 elif os.path.samestat(current.status, replaced.status):
@@ -12191,19 +12241,6 @@ def _take_mode(descriptor: int, status: os.stat_result) -> None:
         with contextlib.suppress(PermissionError):
             os.fchown(descriptor, status.st_uid, status.st_gid)
     os.fchmod(descriptor, status.st_mode & 0o777)
-
-
-def _take_name(folder: int, name: str, new_name: str, new_folder: int | None = None) -> None:
-    """Give a file a name that nothing has; FileExistsError if something has it, whoever was faster."""
-    new_folder = folder if new_folder is None else new_folder
-    try:
-        os.link(name, new_name, src_dir_fd=folder, dst_dir_fd=new_folder, follow_symlinks=False)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        # No links here (FAT, some mounts): reserve the name by an empty file, then take its place.
-        os.close(os.open(new_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=new_folder))
-        os.replace(name, new_name, src_dir_fd=folder, dst_dir_fd=new_folder)
 
 
 def _written(rel: str, change: Change, status: os.stat_result, current: _Current | None) -> Written:
@@ -12896,6 +12933,7 @@ class TreeBuilder:
 
     def __init__(self, run: GitRun, folder: str, base: str):
         self._run = run
+        self._folder = folder
         self._index = os.path.join(folder, "index")
         self._next = os.path.join(folder, "next")
         self._base = base
@@ -12922,9 +12960,7 @@ class TreeBuilder:
             if rel and not any(one == rel or one.startswith(rel + "/") for one in found):
                 self._check_named(rel, path)
         chosen, skipped = self._choose(list(dict.fromkeys(found)), set(named))
-        if chosen:
-            self._git("update-index", "-z", "--add", "--remove", "--replace", "--stdin",
-                      given=b"".join(os.fsencode(rel) + b"\0" for rel in chosen))
+        stage_copies(self._run, self._folder, chosen, self._environ)
         return skipped
 
     def _check_named(self, rel: str, path: str) -> None:
@@ -12955,10 +12991,12 @@ class TreeBuilder:
 
     def _check_file(self, rel: str, driver: str | None) -> None:
         root = self._run.root
-        if rel.endswith("/") or (os.path.isdir(place := os.path.join(root.path, rel))
-                                 and not os.path.islink(place)):
+        place = os.path.join(root.path, rel)
+        if rel.endswith("/") or (os.path.isdir(place) and not os.path.islink(place)):
             raise PathRefused(f"A repository in the repository: {rel}; commit it by hand")
         root.writable(rel)
+        with contextlib.suppress(OSError):
+            root.check_twin(os.lstat(place), rel, to_write=True)
         if driver:
             raise PathRefused(f"{rel} goes through the filter {driver} (.gitattributes), a program that this server "
                               "does not run; commit it by hand")
@@ -13031,6 +13069,59 @@ def _parse_tree_changes(fields: Sequence[str]) -> list[_TreeChange]:
 def _read_index_file(path: str) -> bytes:
     with open(path, "rb") as stream:
         return stream.read()
+
+
+def stage_copies(run: GitRun, folder: str, names: Collection[str], environ: dict[str, str]) -> None:
+    """Put files of the work tree, or that they are gone, into an index by copies of them in a folder.
+
+    Git opens files by their paths, and a link swapped in at that moment would lead it out of the root; the
+    copies are made through descriptors. Secret files, which no difference shows, are there without contents.
+    """
+    top = os.path.join(folder, "tree")
+    os.mkdir(top)
+    links: dict[str, str] = {}
+    with file_errors("a file that is changed just now"):
+        given = b"".join(os.fsencode(rel) + b"\0" for rel in names if _copy_out(run.root, rel, os.path.join(top, rel), links))
+        for place, target in links.items():  # the last, so that no copy is made through one of them
+            with contextlib.suppress(FileExistsError):
+                os.symlink(target, place)
+    if given:
+        run.run(f"--work-tree={top}", "update-index", "-z", "--add", "--remove", "--replace", "--stdin", given=given,
+                environ=environ)
+
+
+def _copy_out(root: Root, rel: str, place: str, links: dict[str, str]) -> bool:
+    """Copy a file, or note a link, unless it is gone; tells whether it is neither a folder nor a device."""
+    if not {"", ".", ".."}.isdisjoint(rel.split("/")):
+        return False
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PathRefused), root.open_parent(rel) as (inner, name):
+        mode = os.stat(name, dir_fd=inner, follow_symlinks=False).st_mode
+        if stat.S_ISLNK(mode):
+            links[place] = os.readlink(name, dir_fd=inner)
+        elif not stat.S_ISREG(mode):
+            return False
+        else:
+            source = os.devnull if root.is_secret(rel) else open_regular(inner, name, rel)[0]
+            with open(source, "rb") as stream, open(place, "wb") as copy:
+                shutil.copyfileobj(stream, copy)
+            os.chmod(place, mode & 0o777)
+    return True
+
+
+@contextlib.contextmanager
+def index_of_work_tree(run: GitRun, path: str) -> Iterator[dict[str, str]]:
+    """Variables with which git's index is what the tracked files hold now; objects and index lie elsewhere."""
+    with tempfile.TemporaryDirectory(prefix="mcp-diff-") as folder:
+        real = run.folder()
+        environ = {"GIT_INDEX_FILE": os.path.join(folder, "index"), "GIT_OBJECT_DIRECTORY": os.path.join(folder, "objects"),
+                   "GIT_ALTERNATE_OBJECT_DIRECTORIES": run.run("rev-parse", "--path-format=absolute", "--git-path", "objects").line}
+        os.mkdir(environ["GIT_OBJECT_DIRECTORY"])
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy2(os.path.join(real, "index"), folder)
+        names = run.run("ls-files", "-z", "--modified", "--", *([path] if path else []), environ=environ).fields
+        stage_copies(run, folder, dict.fromkeys(names), environ)
+        yield environ
 
 
 class CommitHooks:
@@ -13449,7 +13540,7 @@ def _remove_abandoned_folder(path: str) -> None:
 
 # ==============================================================================
 # 49. History -- what git says of the work tree and of commits, parsed, in pages, without secrets
-# uses: Errors, Paths, Git
+# uses: Errors, Paths, Git, Staging
 # ==============================================================================
 # Every question asks for the form that git promises to keep (porcelain, -z), and its answer is bounded:
 # a list by entries, a difference by lines. What must not be shown is left out by git itself, by its
@@ -13463,7 +13554,6 @@ _MAX_HIDDEN = 500
 _DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--ignore-submodules=all",
          "--submodule=short",
          "--src-prefix=a/", "--dst-prefix=b/", "--find-renames")
-_NO_CHANGE = re.compile(rb"^diff --git .*\n(?=diff --git |\Z)", re.M)
 _LOG_FIELDS = ("commit", "parents", "author", "email", "date", "committer", "message")
 _LOG_FORMAT = "--format=tformat:" + "%x00".join(("%H", "%P", "%an", "%ae", "%aI", "%cn", "%B"))
 
@@ -13477,8 +13567,9 @@ def read_status(run: GitRun, path: str, offset: int, limit: int) -> dict[str, An
                    "--ignore-submodules=all",
                    "--", *([path] if path else []), limit_bytes=_LISTING_BYTES)
     heads, items = _parse_status(done.fields)
-    items = [item for item in items if _is_shown(run.root, item["path"])
-             and _is_shown(run.root, item.get("from", "x"))]
+    # An untracked name may be one that git saw behind a link which was swapped in.
+    items = [item for item in items if _is_shown(run.root, item["path"]) and _is_shown(run.root, item.get("from", "x"))
+             and (item["index"] != "?" or run.root.is_there(item["path"].rstrip("/")))]
     ahead, _, behind = heads.get("ab", "").partition(" ")
     commit, branch = heads.get("oid"), heads.get("head")
     page = items[offset:offset + limit]
@@ -13545,18 +13636,25 @@ def _to_commit(row: dict[str, str]) -> dict[str, Any]:
             "body": body.strip()[:_MAX_BODY] + "\u2026" * is_long}
 
 
-def read_diff(run: GitRun, old: str | None, new: str | None, *, path: str = "", is_staged: bool = False,
-              context: int = 3, offset: int = 0, limit: int = 400) -> dict[str, Any]:
+def read_diff(run: GitRun, old: str | None, new: str | None, *, is_staged: bool = False, path: str = "",
+              **page: int) -> dict[str, Any]:
     """The differences between two commits, or from one to what is staged or in the work tree.
 
     `old` and `new` are ids; no `old` is the empty tree. files: path, status, added, removed (null in a
     binary file), `from`. diff: `limit` lines from `offset` on; secret files are left out and counted.
     """
     old = old or run.empty_tree()
-    ends = [old, new] if new else ["--cached", old] if is_staged else [old]
-    magic = {"GIT_LITERAL_PATHSPECS": "0"}
+    if new or is_staged:
+        return _compare(run, [old, new] if new else ["--cached", old], {}, path, **page)
+    with index_of_work_tree(run, path) as environ:
+        return _compare(run, ["--cached", old], environ, path, **page)
+
+
+def _compare(run: GitRun, ends: list[str], environ: dict[str, str], path: str, *, context: int = 3, offset: int = 0,
+             limit: int = 400) -> dict[str, Any]:
+    environ = {**environ, "GIT_LITERAL_PATHSPECS": "0"}
     wanted = [f":(top,literal){path}"] if path else []
-    listed = run.run(*_DIFF, "--raw", "--numstat", "-z", *ends, "--", *wanted, environ=magic,
+    listed = run.run(*_DIFF, "--raw", "--numstat", "-z", *ends, "--", *wanted, environ=environ,
                      limit_bytes=_LISTING_BYTES)
     if listed.is_cut:
         raise Conflict("the difference has too many files for one answer; give a path")
@@ -13568,19 +13666,15 @@ def read_diff(run: GitRun, old: str | None, new: str | None, *, path: str = "", 
     shown = [one for one in files if one["path"] not in hidden and one.get("from") not in hidden]
     left_out = [f":(top,exclude,literal){name}" for name in sorted(hidden)]
     done = run.run(*_DIFF, f"--unified={context}", *ends, "--", *(wanted or [":(top)"]), *left_out,
-                   environ=magic)
-    page = _page_lines(_NO_CHANGE.sub(b"", done.output), done.is_cut, offset, limit)
+                   environ=environ)
+    page = _page_lines(done.output, done.is_cut, offset, limit)
     return {"files": shown[:300], "filesTotal": len(shown), "hidden": len(files) - len(shown),
             "added": sum(one.get("added") or 0 for one in shown),
             "removed": sum(one.get("removed") or 0 for one in shown), **page}
 
 
 def _parse_changes(fields: list[str]) -> list[dict[str, Any]]:
-    """The entries of `--raw --numstat -z`: first every raw one, then the counts in the same order.
-
-    What has no counts has only been touched: git would find that out by writing the index, which a reader
-    must not.
-    """
+    """The entries of `--raw --numstat -z`: first every raw one, then the counts in the same order."""
     files: dict[str, dict[str, Any]] = {}
     rest = iter(fields)
     for text in rest:
@@ -13597,7 +13691,7 @@ def _parse_changes(fields: list[str]) -> list[dict[str, Any]]:
         if name in files:
             files[name] |= {"added": None if added == "-" else int(added),
                             "removed": None if added == "-" else int(removed)}
-    return [one for one in files.values() if "added" in one or one["status"] == "U"]
+    return list(files.values())
 
 
 def _page_lines(content: bytes, is_cut: bool, offset: int, limit: int) -> dict[str, Any]:

@@ -121,7 +121,8 @@ Contents:
   92. Conformance  the official suite, strict, on a server with its fixtures and on the real one
   93. Clients      real ones: Python, TypeScript of both generations, the Inspector
   94. CanaryProof  the promises of canaries on a real server, a real Prometheus and real crashes
-  95. Main         what the command line means
+  95. Kills        kill -9 at every step of every changing tool: `python3 test_lukhas_mcp.py kills [N]`
+  96. Main         what the command line means
 """
 
 from __future__ import annotations
@@ -10384,17 +10385,6 @@ def sha(content):
 def leftovers(folder):
     return [path for path in folder.rglob("*") if path.name.startswith(".mcp-tmp-")]
 
-
-WRITER = """
-import sys, lukhas_mcp as lm
-repository = lm.Repository(lm.Root(sys.argv[1]), lm.SystemClock())
-for number in range(10**6):
-    change = repository.prepare_write("deep/state.txt", (b"%d " % number) * 20000 + b"end", mode="any")
-    print(lm.to_text(change.to_details()), flush=True)
-    repository.commit(change)
-"""
-
-
 class TestRepository:
     @pytest.fixture
     def place(self, tmp_path):
@@ -10745,21 +10735,6 @@ class TestRepository:
             assert files.sweep() == 1
         assert not (place / "docs/.mcp-tmp-dead").exists() and (place / "src/.mcp-tmp-alive").exists()
         assert files.sweep() == 1 and (place / "README.md").exists()
-
-    def test_a_kill_leaves_the_old_or_the_new_file(self, files, place):
-        for count in (1, 3, 6, 11):
-            writer = subprocess.Popen([sys.executable, "-c", WRITER, str(place)], stdout=subprocess.PIPE, text=True,
-                                      env=os.environ | {"PYTHONPATH": os.path.dirname(lm.__file__)})
-            intents = [writer.stdout.readline() for _ in range(count)]
-            writer.send_signal(signal.SIGKILL)
-            intents += writer.stdout.readlines()
-            writer.wait()
-            writer.stdout.close()
-            last = lm.parse_json([line for line in intents if line.endswith("}\n")][-1].encode())
-            assert files.decide(last) in ("old", "new")
-            files.sweep()
-            assert not leftovers(place)
-            assert not (place / "deep/state.txt").exists() or (place / "deep/state.txt").read_bytes().endswith(b" end")
 
     def test_all_is_quick_enough(self, files, place):
         for number in range(5000):
@@ -11234,20 +11209,6 @@ class TestStaging:
 # ==============================================================================
 
 
-KILLS = int(os.environ.get("LUKHAS_TEST_KILLS", "2"))  # of each kind; the full proof takes 200
-COMMITTER = """
-import json, os, sys, lukhas_mcp as lm
-repo, state = sys.argv[1:]
-commits = lm.Commits(lm.Git(lm.Root(repo), lm.SystemClock()), state)
-for number in range(10**6):
-    with open(repo + "/README.md", "w") as stream:
-        stream.write(f"{os.getpid()} {number}\\n" * 50)
-    prepared = commits.prepare(f"number {number}", add=["README.md"])
-    print(json.dumps(prepared.to_details()), flush=True)
-    commits.finish(prepared)
-"""
-
-
 REFUSED_PATHS = [
     ("../x", lm.PathRefused, "../x"), ("docs/../../x", lm.PathRefused, "traversal"), ("/etc/passwd", lm.PathRefused, "within"),
     ("../repo-sibling/s.txt", lm.PathRefused, "traversal"), (".git/config", lm.PathRefused, "Git's own"),
@@ -11634,31 +11595,6 @@ class TestCommits:
         assert git(configured, "rev-parse", "HEAD").strip() == (prepared.commit if is_there else old)
         assert short_status(configured) == ("" if is_there else " M README.md\n") + "M  docs/guide.md\n?? link\n?? new.txt\n"
         assert_sound(configured)
-
-    def test_a_kill_leaves_the_branch_old_or_new(self, configured):
-        state = configured.parent / "state"
-        state.mkdir()
-        commits = open_commits(configured)
-        between = 0
-        for number in range(KILLS):
-            process = subprocess.Popen([sys.executable, "-c", COMMITTER, str(configured), str(state)], cwd=HERE, stdout=subprocess.PIPE,
-                                       stderr=subprocess.PIPE)
-            details = json.loads(process.stdout.readline())
-            time.sleep((number % 16) * 0.002)  # not in place of a condition: the moment of the kill
-            process.kill()
-            rest, errors = process.communicate()
-            assert not errors, errors
-            details = json.loads(rest.splitlines()[-1]) if rest.strip() and rest.endswith(b"\n") else details
-            wait_until(lambda: not (configured / ".git/refs/heads/main.lock").exists(), 5)  # git itself finishes
-            commits.sweep()
-            outcome = commits.decide(details)
-            head = git(configured, "rev-parse", "HEAD").strip()
-            between += head == details["old"] or outcome == "new"
-            assert (outcome == "new") == (head == details["commit"]), (outcome, head, details)
-            assert "docs/guide.md" in git(configured, "diff", "--cached", "--name-only") and "README.md" not in git(
-                configured, "diff", "--cached", "--name-only")
-            assert_sound(configured)
-        assert between
 
 
 # ==============================================================================
@@ -13672,28 +13608,6 @@ def with_author(server):
     return server
 
 
-def call_in_thread(server, tool, arguments):
-    """Call a tool of a server that may die of something else in the meantime."""
-    def work():
-        with contextlib.suppress(OSError, http.client.HTTPException, AssertionError, ValueError):
-            server.result(tool, arguments)
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
-
-
-def kill_while(server, tool, arguments, delay_s):
-    """Kill a server some time after a call has begun to write its intent; tells whether one was left open."""
-    wal = pathlib.Path(f"{server.db}-wal")
-    before = wal.stat().st_mtime_ns, wal.stat().st_size
-    caller = call_in_thread(server, tool, arguments)
-    wait_until(lambda: (wal.stat().st_mtime_ns, wal.stat().st_size) != before, 10, "the intent")
-    time.sleep(delay_s)  # not in place of a condition: the moment of the kill
-    server.kill()
-    caller.join()
-    return bool(read_rows(server.db, "SELECT 1 FROM file_intents"))
-
-
 def temporary_files(server):
     return [path for path in server.repo.rglob("*") if path.name.startswith((".mcp-tmp-", "mcp-index-")) or path.name == "index.lock"]
 
@@ -13821,35 +13735,6 @@ class TestGitTools:
             figures = set(document) - {"timestamp", "how", "computedAt", "computedInMs", "commit", "filesRead", "complete"}
             assert document["quality_standard"] is None and document["complete"] is True and document["how"]["quality_standard"]
             assert {name for name in figures if document[name] is None} <= set(document["how"]) | {"health_evidence"}
-
-    @pytest.mark.parametrize("tool", ["apply_patch", "git_commit", "undo_change"])
-    def test_a_kill_leaves_the_old_or_the_new(self, make_server, tool):
-        server = with_author(make_server())
-        path, opened = server.repo / "docs/guide.md", 0
-        path.write_text("".join(f"line {number}\n" for number in range(20_000)))
-        for number in range(KILLS):
-            if not server.is_alive:
-                server.start()
-            arguments = {"path": "docs/guide.md", "patch": f"@@ -1,1 +1,1 @@\n-{path.read_text().split(chr(10))[0]}\n+number {number}\n",
-                         "expectSha256": sha_of(path)}
-            if tool != "apply_patch":
-                made = server.call("apply_patch", **arguments)
-                arguments = {"auditId": made["auditId"]} if tool == "undo_change" else {"message": "m", "add": ["docs"]}
-            before = path.read_bytes(), git(server.repo, "rev-parse", "HEAD")
-            opened += kill_while(server, tool, arguments, (number % 20) * 0.001)
-            server.start()
-            wait_until(lambda: not read_rows(server.db, "SELECT 1 FROM file_intents"), 10, "the decision")
-            assert not temporary_files(server)
-            outcome = json.loads(read_rows(server.db, "SELECT payload_json FROM audits WHERE action LIKE 'file_%' ORDER BY id DESC LIMIT 1")[0][0])
-            is_new = before != (path.read_bytes(), git(server.repo, "rev-parse", "HEAD"))
-            assert path.read_bytes().count(b"\n") == 20_000 and outcome["phase"] in ("done", "not done", "refused")
-            if tool == "git_commit":
-                assert (git(server.repo, "status", "--short", "docs") == "") == is_new
-                git(server.repo, "fsck")
-            elif outcome["phase"] == "not done":
-                assert not is_new
-        assert KILLS < 200 or opened >= 20
-        assert lm.verify_file(str(server.db)) is None
 
 
 # ==============================================================================
@@ -14210,7 +14095,7 @@ class TestUndo:
     """Changes taken back one by one, and all of an actor."""
 
     @hypothesis.given(DEEDS)
-    @hypothesis.settings(max_examples=3 * KILLS, suppress_health_check=list(hypothesis.HealthCheck),
+    @hypothesis.settings(max_examples=6, suppress_health_check=list(hypothesis.HealthCheck),
                          phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate))  # a story is too slow to be shrunk
     def test_an_undo_gives_back_what_was_and_its_undo_what_came(self, changed_repository, tmp_path_factory, deeds):
         folder = tmp_path_factory.mktemp("undo")
@@ -22098,7 +21983,253 @@ def bench_hooks(folder: pathlib.Path, count: int) -> None:
 
 
 # ==============================================================================
-# 95. Main -- what the command line means
+# 95. Kills -- kill -9 at every step of every changing tool: `python3 test_lukhas_mcp.py kills [N]`
+# uses: Front, Fakes, GitTools, Undo
+# ==============================================================================
+# A fork of this process runs one tool and kills itself before one of its steps (a call that changes
+# a file, a git that is started, a transaction that is handed in or that was committed), or is killed
+# by the clock; a second fork recovers as a restarted server does. Then the files must be the old or
+# the new ones, the audit must have decided, rightly, and nothing temporary may be left.
+
+
+COUNTED = ("write", "fsync", "link", "replace", "unlink", "mkdir", "fchmod")
+OLD, NEW = "old line\n" * 2000, "new line\n" * 3000
+OLD_SHA = hashlib.sha256(OLD.encode()).hexdigest()
+# Per tool: its arguments, the calls before it, and the files of the repository that it changes.
+KILLED: dict[str, tuple[dict[str, Any], list[tuple[str, dict[str, Any]]], dict[str, str | None]]] = {
+    "write_file": ({"path": "a.txt", "contents": NEW, "overwrite": True}, [], {"a.txt": NEW}),
+    "create_file": ({"path": "n/b.txt", "contents": NEW}, [], {"n/b.txt": NEW}),
+    "update_file": ({"path": "a.txt", "contents": NEW, "expectSha256": OLD_SHA}, [], {"a.txt": NEW}),
+    "append_file": ({"path": "a.txt", "contents": NEW}, [], {"a.txt": OLD + NEW}),
+    "rename_file": ({"from": "a.txt", "to": "d/c.txt"}, [], {"a.txt": None, "d/c.txt": OLD}),
+    "delete_file": ({"path": "a.txt", "expectSha256": OLD_SHA}, [], {"a.txt": None}),
+    "apply_patch": ({"path": "a.txt", "patch": "@@ -1 +1 @@\n-old line\n+patched\n", "expectSha256": OLD_SHA}, [],
+                    {"a.txt": OLD.replace("old line", "patched", 1)}),
+    "git_commit": ({"message": "m", "add": ["a.txt"]}, [], {}),
+    "writeFile": ({"path": "a.txt", "content": NEW, "overwrite": True}, [], {"a.txt": NEW}),
+    "createFile": ({"path": "n/b.txt", "content": NEW}, [], {"n/b.txt": NEW}),
+    "undo_change": ({}, [("append_file", {"path": "a.txt", "contents": NEW})], {"a.txt": OLD}),
+    "undo": ({}, [("append_file", {"path": "a.txt", "contents": NEW}), ("create_file", {"path": "n/b.txt", "contents": NEW}),
+                                  ("rename_file", {"from": "n/b.txt", "to": "n/c.txt"})], {"a.txt": OLD, "n/b.txt": None, "n/c.txt": None}),
+}
+
+
+@dataclass
+class Tally:
+    """What came of the kills of one tool; `open` landed between the intent and its outcome."""
+
+    kills: int = 0
+    open: int = 0
+    done: int = 0
+    not_done: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def in_fork(work: Callable[[], Any]) -> int:
+    """The id of a fork that does some work, silently, and ends."""
+    process = os.fork()
+    if process == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    return process
+
+
+def arm(step: int) -> None:
+    """Let this process kill itself before the `step`-th of its steps, most often counted from its intent on."""
+    left = itertools.count(step, -1)
+    begun = threading.Event()
+    if step % 4 == 0:
+        begun.set()
+
+    def pass_step() -> None:
+        if begun.is_set() and next(left) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            pass_step()
+            return function(*arguments, **named)
+        return call
+
+    def write(store: lm.Store, work: Any) -> Any:
+        begun.set()
+        pass_step()
+        answer = hand_in(store, work)
+        answer.add_done_callback(lambda _: pass_step())
+        return answer
+    hand_in = lm.Store.write
+    lm.Store.write = write
+    for name in COUNTED:
+        setattr(os, name, counted(getattr(os, name)))
+    subprocess.Popen.__init__ = counted(subprocess.Popen.__init__)
+
+
+def run_to_death(repo: pathlib.Path, tool: str, step: int | None, armed: int) -> None:
+    """Run a tool until the step at which this process dies; without one the parent is told when it begins."""
+    arguments, first, _ = KILLED[tool]
+    agent = f"agent-{time.time_ns()}"  # its earlier changes would be undone as well
+
+    async def story(services: lm.Services, call: Any) -> None:
+        for name, given in first:
+            made = await call(agent, name, **given)
+            assert not made["failed"], made
+        given = arguments | {"undo_change": lambda: {"auditId": made["auditId"]}, "undo": lambda: {"actor": agent}}.get(tool, dict)()
+        os.write(armed, b"x")
+        if step is not None:
+            arm(step)
+        done = await call("operator", tool, **given)
+        assert not done["failed"], done
+    undo_story(repo, story)
+
+
+def recover(repo: pathlib.Path) -> None:
+    """What a server does at its start with what a dead one has begun."""
+    async def story(services: lm.Services, call: Any) -> None:
+        await lm.recover_files(services)
+        await lm.recover_commits(services)
+    undo_story(repo, story)
+
+
+def kill_once(repo: pathlib.Path, tool: str, step: int | None, delay_s: float, tally: Tally) -> None:
+    """One kill and its restart; what is not as it must be goes to the tally's faults."""
+    shutil.rmtree(repo / "n", ignore_errors=True)
+    shutil.rmtree(repo / "d", ignore_errors=True)
+    (repo / "a.txt").write_text(OLD if tool != "git_commit" else f"{time.time_ns()}\n{OLD}")
+    heard, armed = os.pipe()
+    process = in_fork(lambda: run_to_death(repo, tool, step, armed))
+    os.close(armed)
+    assert os.read(heard, 1), f"{tool} never began"
+    os.close(heard)
+    if step is None:
+        time.sleep(delay_s)  # not in place of a condition: the moment of the kill
+        os.kill(process, signal.SIGKILL)
+    code = os.waitpid(process, 0)[1]
+    if os.WIFEXITED(code) and os.WEXITSTATUS(code):
+        tally.faults.append(f"{tool} failed at step {step}")
+    tally.kills += os.WIFSIGNALED(code)
+    wait_until(lambda: not processes_in(repo), 20, "the end of what git was doing")
+    intents = [row[0] for row in read_rows(repo / ".mcp-state.db", "SELECT audit_id FROM file_intents")]
+    tally.open += bool(intents)
+    found = os.waitpid(in_fork(lambda: recover(repo)), 0)[1]
+    faults = [*(["the recovery failed"] if found else []), *faults_of(repo, tool, intents, tally)]
+    tally.faults += [f"{tool}, step {step}, after {delay_s * 1000:.1f} ms: {fault}" for fault in faults]
+
+
+def processes_in(folder: pathlib.Path) -> list[str]:
+    """The processes that work in a folder, where the system tells."""
+    found = []
+    for entry in pathlib.Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            found += [str(entry)] if entry.readlink() == folder else []
+    return found
+
+
+def faults_of(repo: pathlib.Path, tool: str, intents: list[int], tally: Tally) -> Iterator[str]:
+    """Everything that is not as it must be after a kill and a restart."""
+    left = [path.name for path in repo.rglob("*") if path.name.startswith((".mcp-tmp-", "mcp-index-")) or path.name == "index.lock"]
+    left += os.listdir(repo.parent / "state") if (repo.parent / "state").exists() else []
+    if left:
+        yield f"left behind: {left}"
+    if read_rows(repo / ".mcp-state.db", "SELECT 1 FROM file_intents"):
+        yield "an intent is undecided"
+    rows = [(audit_id, json.loads(payload)) for audit_id, payload in
+            read_rows(repo / ".mcp-state.db", "SELECT id, payload_json FROM audits WHERE action LIKE 'file_%' ORDER BY id DESC LIMIT 20")]
+    for intent in intents:
+        told = [details for _, details in rows if details.get("intent") == intent]
+        if len(told) != 1 or told[0]["phase"] not in ("done", "not done"):
+            yield f"the intent {intent} was told as {told}"
+            continue
+        is_done = told[0]["phase"] == "done"
+        tally.done += is_done
+        tally.not_done += not is_done
+        if is_done != is_as_told(repo, told[0]):
+            yield f"the audit says {told[0]['phase']} of {told[0]}"
+    yield from mixtures(repo, tool)
+
+
+def is_as_told(repo: pathlib.Path, details: dict[str, Any]) -> bool:
+    """Whether a change has come about, by what is there now."""
+    if details["kind"] == "commit":
+        return git(repo, "rev-parse", "HEAD").strip() == details["commit"]
+    def digest(name: str) -> str | None:
+        return sha_of(repo / name) if (repo / name).exists() else None
+    if details["kind"] == "rename":
+        return (digest(details["path"]), digest(details["to"])) == (None, details["newSha256"])
+    return digest(details["path"]) == details["newSha256"]
+
+
+def mixtures(repo: pathlib.Path, tool: str) -> Iterator[str]:
+    """Files that are neither the old nor the new ones, and a commit that is neither there nor not."""
+    if tool == "git_commit":
+        is_clean = not git(repo, "status", "--porcelain", "a.txt")
+        if is_clean != (git(repo, "show", "HEAD:a.txt") == (repo / "a.txt").read_text()):
+            yield "the index is not that of the commit"
+        return
+    now = {name: (repo / name).read_text() if (repo / name).exists() else None for name in ("a.txt", "n/b.txt", "n/c.txt", "d/c.txt")}
+    states = [{"a.txt": OLD}]
+    for name, given in KILLED[tool][1]:
+        states.append(states[-1] | ({given["to"]: NEW, given["from"]: None} if name == "rename_file" else
+                                    {given["path"]: OLD + NEW if name == "append_file" else NEW}))
+    states = states if states[1:] else [*states, states[0] | KILLED[tool][2]]
+    if now not in [{name: state.get(name) for name in now} for state in states]:
+        yield f"the files are {({name: text and len(text) for name, text in now.items()})}"
+
+
+def kill_tool(folder: pathlib.Path, tool: str, rounds: int) -> Tally:
+    """Kill a tool at its steps in turn, and at every third time by the clock; the log is whole at the end."""
+    repo, tally, chance, last = make_repository(folder), Tally(), random.Random(tool), 40
+    git(repo, "config", "user.name", "Ada")
+    git(repo, "config", "user.email", "ada@example.org")
+    (repo / "a.txt").write_text(OLD)
+    git(repo, "add", "a.txt")
+    git(repo, "commit", "-qm", "a")
+    for number in range(rounds * 4):
+        if tally.kills >= rounds or tally.faults:
+            break
+        step = None if number % 3 == 2 else chance.randint(1, last)
+        before = tally.kills
+        kill_once(repo, tool, step, chance.random() * (0.2 if tool in ("git_commit", "undo") else 0.02), tally)
+        if step and tally.kills == before:  # it has not so many
+            last = min(last, step)
+    git(repo, "fsck", "--strict")
+    fault = lm.verify_file(str(repo / ".mcp-state.db"))
+    tally.faults += [f"the audit chain: {fault}"] if fault else []
+    return tally
+
+
+def kills_main(argv: list[str]) -> int:
+    """Kill every changing tool N times (200) and print what came of it; 1 when anything was not as it must be."""
+    parser = argparse.ArgumentParser(prog="test_lukhas_mcp.py kills", description=kills_main.__doc__)
+    parser.add_argument("rounds", nargs="?", type=int, default=200)
+    parser.add_argument("--only", choices=tuple(KILLED))
+    options = parser.parse_args(argv)
+    code = 0
+    print(f"{'tool':<14}{'kills':>6}{'open intents':>14}{'done':>6}{'not done':>10}  faults")
+    for tool in [options.only] if options.only else KILLED:
+        with tempfile.TemporaryDirectory() as folder:
+            tally = kill_tool(pathlib.Path(folder), tool, options.rounds)
+        is_short = tally.kills < options.rounds or (options.rounds >= 200 and tally.open < 20)
+        print(f"{tool:<14}{tally.kills:>6}{tally.open:>14}{tally.done:>6}{tally.not_done:>10}  "
+              f"{len(tally.faults)}{' too few' if is_short else ''}", *tally.faults, sep="\n  ", flush=True)
+        code |= bool(tally.faults or is_short)
+    return code
+
+
+class TestKills:
+    """A small sample of the proof."""
+
+    def test_a_kill_leaves_the_old_or_the_new(self) -> None:
+        done = subprocess.run([sys.executable, __file__, "kills", "3"], capture_output=True, text=True, env=clean_environ())
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ==============================================================================
+# 96. Main -- what the command line means
 # uses: Front
 # ==============================================================================
 
