@@ -15153,8 +15153,11 @@ class Exchange:
     def log(self, level: str, text: str) -> None:
         """Tell a sentence, if the client wants that level."""
 
-    async def ask(self, requests: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The client's answers by key. Raises Unavailable where it can't be asked."""
+    async def ask(self, requests: dict[str, dict[str, Any]], *, is_leave: bool = False) -> dict[str, dict[str, Any]]:
+        """The client's answers by key. Raises Unavailable where it can't be asked.
+
+        With `is_leave` they let something be done: then only what was asked counts.
+        """
         for request in requests.values():
             self.require(ASKED_BY[request["method"]])
         raise Unavailable("this client can't be asked within this request")
@@ -15274,15 +15277,16 @@ class LiveExchange(Exchange):
 class ModernExchange(LiveExchange):
     """A client of 2026-07-28: it is asked by the answer (MRTR).
 
-    `answers` is what it said so far, to questions of this very call; `spend` takes them once, for good.
+    `answers` is what it said so far, to questions of this very call, and `spend` takes them once, for good;
+    `unasked` is what it said to questions that were not put.
     """
 
-    def __init__(self, outlet: Outlet, capabilities: Mapping[str, Any], token: str | int | None, level: str | None,
-                 answers: Mapping[str, Any], spend: Callable[[], bool] = lambda: True):
+    def __init__(self, outlet: Outlet | None, capabilities: Mapping[str, Any], token: str | int | None, level: str | None,
+                 answers: Mapping[str, Any], spend: Callable[[], bool] = lambda: True, unasked: Mapping[str, Any] | None = None):
         super().__init__(outlet, capabilities, token, level)
         self.used: dict[str, Any] = {}  #: answers that were asked for and proper; what the client keeps for us
         self.spend = spend
-        self._answers = answers
+        self._answers, self._unasked = answers, unasked or {}
 
     @property
     def wants_task(self) -> bool:
@@ -15293,13 +15297,13 @@ class ModernExchange(LiveExchange):
             raise MissingCapability(f"this needs a client that declares the capability {kind}",
                                     data={"requiredCapabilities": {kind: {}}})
 
-    async def ask(self, requests: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    async def ask(self, requests: dict[str, dict[str, Any]], *, is_leave: bool = False) -> dict[str, dict[str, Any]]:
         """The client's answers. Raises InputRequired for those that it has not given or not properly."""
         for request in requests.values():
             self.require(ASKED_BY[request["method"]])
-        missing = {key: request for key, request in requests.items()
-                   if find_answer_fault(request, self._answers.get(key))}
-        self.used |= {key: self._answers[key] for key in requests if key not in missing}
+        answers = self._answers if is_leave else {**self._unasked, **self._answers}
+        missing = {key: request for key, request in requests.items() if find_answer_fault(request, answers.get(key))}
+        self.used |= {key: answers[key] for key in requests if key not in missing}
         if missing:
             raise InputRequired(missing)
         return {key: self.used[key] for key in requests}
@@ -15560,7 +15564,7 @@ class SessionExchange(LiveExchange):
         super().__init__(outlet, session.capabilities, token, session.level)
         self._session = session
 
-    async def ask(self, requests: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    async def ask(self, requests: dict[str, dict[str, Any]], *, is_leave: bool = False) -> dict[str, dict[str, Any]]:
         """The client's answers to requests sent on the stream of its own one, one after the other."""
         for request in requests.values():
             self.require(ASKED_BY[request["method"]])
@@ -15721,7 +15725,8 @@ async def confirm(call: Call, sentence: str) -> None:
 
     For changes only, and before them: a client of 2026-07-28 makes the whole call again with the answer.
     """
-    said = (await call.client.ask({"confirm": elicit(sentence, confirm=boolean("Yes, do it."))}))["confirm"]
+    asked = {"confirm": elicit(sentence, confirm=boolean("Yes, do it."))}
+    said = (await call.client.ask(asked, is_leave=True))["confirm"]
     if said["action"] != "accept" or said["content"]["confirm"] is not True:
         raise Conflict(f"the person at the client did not agree ({said['action']}); nothing was changed")
     if not call.client.spend():
@@ -18599,6 +18604,12 @@ class RpcContext:
         if self.charge is not None:
             self.charge(message)
 
+    @property
+    def version(self) -> str | None:
+        """The revision that the header names."""
+        found = self.headers.get("mcp-protocol-version") if self.headers else None
+        return None if found is None else found.strip(" \t")
+
 
 @dataclass(frozen=True, slots=True)
 class RpcAnswer:
@@ -18644,7 +18655,7 @@ async def answer(services: Services, context: RpcContext, body: bytes) -> RpcAns
         message = parse_json(body)
     except ValueError as error:
         context.pay(None)
-        return _refuse(ParseError(f"the body is no JSON: {error}"), None, is_modern=False)
+        return _refuse(ParseError(f"the body is no JSON: {error}"), None, is_modern=_is_modern(context, None))
     if isinstance(message, list):
         return await _answer_batch(services, context, message)
     context.pay(message)
@@ -18657,7 +18668,7 @@ async def _answer_batch(services: Services, context: RpcContext, batch: list[Any
         _check_batch(services, context, batch)
     except RpcError as error:
         context.pay(None)
-        return _refuse(error, None, is_modern=False)
+        return _refuse(error, None, is_modern=_is_modern(context, None))
     alone = dataclasses.replace(context, can_stream=False)
     documents, refused = [], []
     for message in batch:
@@ -18675,28 +18686,29 @@ async def _answer_batch(services: Services, context: RpcContext, batch: list[Any
 
 
 def _check_batch(services: Services, context: RpcContext, batch: list[Any]) -> None:
-    session = context.line or _find_session(services, context)
-    revision = _legacy_revision((context.headers or {}).get("mcp-protocol-version"), session)
-    if revision is None or not revision.has_batches or not batch or len(batch) > 100:
+    """Only one revision has batches, and never with these. Raises InvalidRequest."""
+    revision = _legacy_revision(context.version, context.line or _find_session(services, context))
+    if revision is None or not revision.has_batches or not 1 <= len(batch) <= 100:
         raise InvalidRequest("a batch is allowed in revision 2025-03-26 only, with 1 to 100 requests")
-    calls = [message["method"] for message in batch if isinstance(message, dict) and {"method", "id"} <= message.keys()]
-    if "initialize" in calls or calls and any("method" not in message for message in batch if isinstance(message, dict)):
+    members = [message for message in batch if isinstance(message, dict)]
+    calls = [message["method"] for message in members if {"method", "id"} <= message.keys()]
+    if "initialize" in calls or calls and any(map(_is_answer, members)):
         raise InvalidRequest("a batch holds neither initialize nor answers beside requests")
 
 
 async def _answer_one(services: Services, context: RpcContext, message: Any) -> RpcAnswer:
-    headers = context.headers or {}
     request_id = message.get("id") if isinstance(message, dict) else None
-    is_modern = _is_modern(headers.get("mcp-protocol-version"), message)
+    is_modern = _is_modern(context, message)
     try:
         _check_shape(message, is_modern)
         session = context.line if is_modern or context.line else _find_session(services, context)
         if "method" not in message or "id" not in message:
+            check_version(context.version)
             _hear(session, message, is_modern)
             return RpcAnswer(202)
         if is_modern:
             _check_modern(context, message)
-        revision = REVISIONS[MODERN] if is_modern else _legacy_revision(headers.get("mcp-protocol-version"), session)
+        revision = REVISIONS[MODERN] if is_modern else _legacy_revision(context.version, session)
         handler = _find_method(message["method"], is_modern)
         params = message.get("params")
         params = {} if params is None else params
@@ -18712,20 +18724,27 @@ async def _answer_one(services: Services, context: RpcContext, message: Any) -> 
     return await _run(services, peer, handler, message["method"], params)
 
 
-def _is_modern(header: str | None, message: Any) -> bool:
-    """The era of a message (mcp-protocol: header, then `_meta`)."""
+def _is_modern(context: RpcContext, message: Any) -> bool:
+    """The era of a message (mcp-protocol: `_meta`, then header)."""
     params = message.get("params") if isinstance(message, dict) else None
     meta = params.get("_meta") if isinstance(params, dict) else None
     if isinstance(meta, dict) and isinstance(meta.get(_PREFIX + "protocolVersion"), str):
         return True
-    return header is not None and _legacy_revision(header, None) is None
+    return context.version is not None and _legacy_revision(context.version, None) is None
+
+
+def check_version(header: str | None) -> None:
+    """Refuse a revision that nobody knows, where no more is looked at than the header. Raises UnsupportedVersion."""
+    if header is not None and header not in REVISIONS:
+        raise UnsupportedVersion(f"unsupported protocol version {header[:40]}",
+                                 data={"supported": list(REVISIONS), "requested": header[:40]})
 
 
 def _legacy_revision(header: str | None, session: Session | None) -> Revision | None:
     """By the header, else by the session; None for what is no revision with a handshake."""
     if header is None:
         return REVISIONS.get(session.version, BARE) if session else BARE
-    found = REVISIONS.get(header.strip())
+    found = REVISIONS.get(header)
     return found if found and not found.is_modern else None
 
 
@@ -18745,7 +18764,7 @@ def _check_shape(message: Any, is_modern: bool) -> None:
     """A message must be one of JSON-RPC. Raises InvalidRequest."""
     if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
         raise InvalidRequest('a request is an object with "jsonrpc": "2.0" and a "method"')
-    is_answer = "method" not in message and "id" in message and ("result" in message or "error" in message)
+    is_answer = _is_answer(message)
     if not isinstance(message.get("method"), str) and not is_answer:
         raise InvalidRequest('"method" must be a text')
     allowed = (str, int) if is_modern else (str, int, float, type(None))
@@ -18753,6 +18772,11 @@ def _check_shape(message: Any, is_modern: bool) -> None:
         raise InvalidRequest('"id" must be a text or a number')
     if is_modern and is_answer:
         raise InvalidRequest("revision 2026-07-28 takes no posted responses")
+
+
+def _is_answer(message: dict[str, Any]) -> bool:
+    """Whether it answers a request of ours."""
+    return "method" not in message and "id" in message and ("result" in message or "error" in message)
 
 
 def _hear(session: Session | None, message: dict[str, Any], is_modern: bool) -> None:
@@ -18766,10 +18790,12 @@ def _hear(session: Session | None, message: dict[str, Any], is_modern: bool) -> 
 
 
 def _check_modern(context: RpcContext, message: dict[str, Any]) -> None:
-    """Steps 8 to 12 of the modern ladder, in order (MCP 2026-07-28)."""
+    """Steps 8 to 12 of the modern ladder, in order (MCP 2026-07-28); its header alone makes `initialize` unknown."""
     params = message.get("params")
     meta = params.get("_meta") if isinstance(params, dict) else None
     version = meta.get(_PREFIX + "protocolVersion") if isinstance(meta, dict) else None
+    if message["method"] == "initialize" and MODERN in (context.version, version):
+        raise MethodNotFound("revision 2026-07-28 has no initialize: send server/discover, or initialize without its header and _meta")
     if not isinstance(version, str) or not isinstance(meta.get(_PREFIX + "clientCapabilities"), dict):
         raise InvalidParams(f"params._meta needs {_PREFIX}protocolVersion and {_PREFIX}clientCapabilities")
     check_header(context, "mcp-protocol-version", version)
@@ -18845,12 +18871,13 @@ def _meet_modern(services: Services, peer: Peer, name: str, params: dict[str, An
     answers, spend, given, now_s = {}, lambda: True, params.get("inputResponses"), services.clock.now_s()
     if params.get("requestState") is not None:
         state = services.seal.open(params["requestState"], peer.principal.name, _call_of(name, params), now_s)
-        # An answer to what was not asked is an argument of the caller, not the word of a person.
+        # An answer to what was not asked may be data; the word of a person, which gives leave, it is not.
         said = {key: given[key] for key in state["asked"] if key in given} if isinstance(given, dict) else {}
         answers, spend = state["answers"] | said, functools.partial(services.seal.spend, state, now_s)
     can_be_told = peer.context.can_stream and (token is not None or level is not None)
     peer.client = ModernExchange(Outlet() if can_be_told else None, meta[_PREFIX + "clientCapabilities"], token,
-                                 level if can_be_told else None, answers, spend)
+                                 level if can_be_told else None, answers, spend,
+                                 given if isinstance(given, dict) else None)
     who = meta.get(_PREFIX + "clientInfo")
     if isinstance(who, dict):
         peer.origin = {"client": client_name(who), "request": peer.request_id}
@@ -19067,8 +19094,8 @@ async def rpc_tools_list(services: Services, peer: Peer, params: dict[str, Any])
 async def rpc_tools_call(services: Services, peer: Peer, params: dict[str, Any]):
     """Call a tool; what it starts is waited for, or becomes a task, if the client wants that."""
     one = find_tool(services, params.get("name"))
-    if peer.revision.is_modern and one.routed and isinstance(params.get("arguments"), dict):
-        _check_routed(peer.context, one, params["arguments"])
+    if peer.revision.is_modern and one.routed:
+        _check_routed(peer.context, one, params.get("arguments"))
     if one.needs_task and not peer.client.wants_task:
         raise MissingCapability(f"{one.name} answers with a task only", data=TASKS_NEEDED)
     result = await call_tool(services, one, params.get("arguments"), peer.principal, peer.origin, peer.client)
@@ -19084,10 +19111,10 @@ async def rpc_tools_call(services: Services, peer: Peer, params: dict[str, Any])
 TASKS_NEEDED = {"requiredCapabilities": {"extensions": {TASKS: {}}}}
 
 
-def _check_routed(context: RpcContext, one: Tool, arguments: Mapping[str, Any]) -> None:
+def _check_routed(context: RpcContext, one: Tool, arguments: object) -> None:
     """Step 13 of the modern ladder: headers that repeat arguments (x-mcp-header)."""
     for name, header in one.routed.items():
-        value = arguments.get(name)
+        value = arguments.get(name) if isinstance(arguments, dict) else None
         if value is not None:
             check_header(context, header, value, is_coded=True)
         elif context.headers and header in context.headers:
@@ -19499,7 +19526,8 @@ def refuse(services: Services, request: Request | None, error: LukhasError) -> R
         text = b"unauthorized" if isinstance(error, Unauthorized) else b"rate-limit"
         return Response(error.status, headers, text, "text/plain; charset=utf-8")
     if found is not None and found.path == "/mcp" and isinstance(error, AccessError):
-        return json_response({"jsonrpc": "2.0", "id": None, "error": {"code": error.code, "message": error.message}},
+        unknown = {} if request.headers.get("mcp-protocol-version", "").strip() == MODERN else {"id": None}
+        return json_response({"jsonrpc": "2.0", **unknown, "error": {"code": error.code, "message": error.message}},
                              error.status, headers)
     phrase = HTTPStatus(error.status).phrase
     return json_response({"error": phrase, "message": error.message, "mcp_endpoint": "/mcp",
@@ -19591,16 +19619,30 @@ class MessageStream:
 @route("GET", "/mcp", access="viewer", cost=1, is_plain=True)
 async def route_mcp_stream(services: Services, request: Request) -> Response:
     """The stream of messages that the server sends of itself; a client of the modern era has none."""
-    is_legacy = request.headers.get("mcp-protocol-version", NEWEST_LEGACY).strip() != MODERN
-    if "text/event-stream" not in request.headers.get("accept", "") or not is_legacy:
-        raise HttpError(405, "GET /mcp is the event stream of the eras with a handshake and wants Accept: "
-                        "text/event-stream; allowed: POST", headers=(("Allow", "POST, DELETE, OPTIONS"),))
+    _check_has_sessions(request)
+    if "text/event-stream" not in request.headers.get("accept", ""):
+        raise HttpError(405, "GET /mcp is an event stream and wants Accept: text/event-stream; allowed: POST",
+                        headers=(("Allow", "POST, DELETE, OPTIONS"),))
     if "mcp-session-id" not in request.headers:
         return _stream_response(services, request, Topics(("mcp",)), 0)
     session = _open_session(services, request)
     check_streams(services, request.principal.name)
     return _message_response(services, session.listener.outlet, (request.principal.name, session.session_id, "*"),
                              lambda: None)
+
+
+@route("HEAD", "/mcp", access="any", cost=1)
+async def route_mcp_head(services: Services, request: Request) -> Response:
+    """Hosts probe with it whether a key is needed."""
+    raise HttpError(405, "POST /mcp is the endpoint", headers=(("Allow", "POST, GET, DELETE, OPTIONS"),))
+
+
+def _check_has_sessions(request: Request) -> None:
+    """GET and DELETE are for the eras with a handshake. Raises HttpError, UnsupportedVersion."""
+    version = request.headers.get("mcp-protocol-version")
+    check_version(version and version.strip(" \t"))
+    if version and version.strip(" \t") == MODERN:
+        raise HttpError(405, f"revision {MODERN} knows POST /mcp only", headers=(("Allow", "POST, OPTIONS"),))
 
 
 def _open_session(services: Services, request: Request) -> Session:
@@ -19613,8 +19655,8 @@ def _open_session(services: Services, request: Request) -> Session:
 @route("DELETE", "/mcp", access="viewer", cost=1)
 async def route_mcp_end(services: Services, request: Request) -> Response:
     """End a session."""
-    is_legacy = request.headers.get("mcp-protocol-version", NEWEST_LEGACY).strip() != MODERN
-    if "mcp-session-id" not in request.headers or not is_legacy:
+    _check_has_sessions(request)
+    if "mcp-session-id" not in request.headers:
         raise HttpError(405, "DELETE /mcp ends the session that Mcp-Session-Id names; allowed: POST",
                         headers=(("Allow", "POST, GET, OPTIONS"),))
     services.sessions.end(_open_session(services, request))

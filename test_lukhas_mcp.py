@@ -15065,6 +15065,24 @@ class TestRpc:
                            ({"jsonrpc": "2.0", "id": 1, "result": {}}, -32600)):
             status, document = post(server, body, headers)
             assert (status, document["error"]["code"]) == (400, code)
+            assert ("id" in document) == (b"result" in json.dumps(body, default=str).encode()), "no null id in this era"
+
+    @pytest.mark.parametrize("version", ["2099-01-01", "", "2025-06-18, 2025-06-18"])
+    def test_an_unknown_version_is_400_where_nothing_is_answered_either(self, server, version):
+        headers = {"MCP-Protocol-Version": version, "Accept": "text/event-stream", "Mcp-Session-Id": "nope"}
+        for message in ({"method": "notifications/initialized"}, {"id": 1, "result": {}}):
+            assert post(server, {"jsonrpc": "2.0", **message}, headers)[0] == 400
+        for verb in ("GET", "DELETE"):
+            assert server.request(verb, "/mcp", headers=headers).status == 400
+
+    def test_head_is_a_probe(self, server, make_server):
+        found = server.request("HEAD", "/mcp")
+        assert (found.status, found.body) == (405, b"") and "POST" in found.headers["allow"]
+        locked = make_server(LUKHAS_MCP_API_KEYS="ada:viewer:one")
+        assert locked.request("HEAD", "/mcp").status == 401
+        for version, unknown in ((MODERN_VERSION, {}), ("2025-11-25", {"id": None})):
+            answer = locked.request("POST", "/mcp", "{}", {"Content-Type": "application/json", "MCP-Protocol-Version": version})
+            assert answer.status == 401 and answer.json == {"jsonrpc": "2.0", **unknown, "error": {"code": -32000, "message": "Unauthorized"}}
 
     def test_the_era_is_told_by_the_body_first(self, server):
         status, document = post(server, modern_body("tools/list"))
@@ -15074,9 +15092,11 @@ class TestRpc:
         assert (status, document["error"]["code"], document["id"]) == (400, -32602, 1)
         legacy = {"Mcp-Method": "ping", "MCP-Protocol-Version": "2025-06-18"}
         assert post(server, {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}, legacy)[0] == 200
-        status, document = post(server, modern_body("initialize", EXAMPLE_PARAMS["initialize"]),
-                                modern_headers("initialize"))
-        assert (status, document["error"]["code"]) == (404, -32601)
+        bare = {"jsonrpc": "2.0", "id": 7, "method": "initialize", "params": EXAMPLE_PARAMS["initialize"]}
+        for body, headers in ((modern_body("initialize"), modern_headers("initialize")), (modern_body("initialize"), {}),
+                              (bare, {"MCP-Protocol-Version": MODERN_VERSION})):
+            status, document = post(server, body, headers)
+            assert (status, document["error"]["code"], document["id"]) == (404, -32601, 7)
 
     @pytest.mark.parametrize("name",
                              ["list_jobs", " list_jobs\t",
@@ -15142,12 +15162,12 @@ class TestRpc:
     def test_batches(self, server):
         ping = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
         batch = [ping, {"jsonrpc": "2.0", "method": "notifications/initialized"},
-                 ping | {"id": "b", "method": "nope"}, 5,
+                 ping | {"id": "b", "method": "nope"}, 5, {"foo": "boo"},
                  ping | {"id": None}]
         for headers in ({}, {"MCP-Protocol-Version": "2025-03-26"}):
             status, documents = post(server, batch, headers)
-            assert status == 200 and [one.get("id") for one in documents] == [1, "b", None, None]
-            assert [one.get("error", {}).get("code") for one in documents] == [None, -32601, -32600, None]
+            assert status == 200 and [one.get("id") for one in documents] == [1, "b", None, None, None]
+            assert [one.get("error", {}).get("code") for one in documents] == [None, -32601, -32600, -32600, None]
         for version in ("2024-11-05", "2025-06-18", "2025-11-25", MODERN_VERSION):
             status, document = post(server, batch, {"MCP-Protocol-Version": version})
             assert (status, document["error"]["code"]) == (400, -32600)
@@ -15608,7 +15628,9 @@ class TestRoutes:
                 assert answer.status in (200, 404) and str(locked_server.repo) not in answer.text
                 continue
             assert answer.status == 401 and answer.headers["www-authenticate"].startswith("Bearer"), headers
-            if path == "/mcp" and not one.is_plain:
+            if verb == "HEAD":
+                assert answer.body == b""
+            elif path == "/mcp" and not one.is_plain:
                 assert answer.json == {"jsonrpc": "2.0", "id": None,
                                        "error": {"code": -32000, "message": "Unauthorized"}}
             elif one.is_plain:
