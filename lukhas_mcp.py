@@ -19631,7 +19631,7 @@ async def route_mcp_stream(services: Services, request: Request) -> Response:
                              lambda: None)
 
 
-@route("HEAD", "/mcp", access="any", cost=1)
+@route("HEAD", "/mcp", access="viewer", cost=1)
 async def route_mcp_head(services: Services, request: Request) -> Response:
     """Hosts probe with it whether a key is needed."""
     raise HttpError(405, "POST /mcp is the endpoint", headers=(("Allow", "POST, GET, DELETE, OPTIONS"),))

@@ -15648,7 +15648,7 @@ class TestRoutes:
                 assert answer.status not in (401, 500), (role, headers)
                 assert reaches == (answer.status != 403)
                 if not reaches:
-                    assert one.access in answer.text and role in answer.text and secret not in answer.text
+                    assert verb == "HEAD" or one.access in answer.text and role in answer.text and secret not in answer.text
 
     @pytest.mark.parametrize("role", ROLE_KEYS)
     def test_the_role_table_of_the_contract(self, locked_server, role):
