@@ -269,7 +269,7 @@ __all__ = [
     # Embedded
     "Observation", "parse_observation", "quantile_ms", "ObservationSampler", "StubSampler",
     # Watch
-    "Watch", "tell_canary", "decide", "UNDER_WAY", "HELD", "FROZEN",
+    "Watch", "tell_canary", "decide", "UNDER_WAY", "HELD", "RESUMABLE", "FROZEN",
     # Vigil
     "Vigil",
     # Starts
@@ -4823,6 +4823,7 @@ class Policy:
     mode: str
     mode_reason: str
     watch_s: float = 0.0
+    on_missing: str = "rollback"
     hooks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
@@ -4869,7 +4870,8 @@ class Policy:
     def from_wire(cls, document: Mapping[str, Any]) -> Policy:
         """The policy of a document that `to_wire` made; KeyError for any other."""
         targets = document["targets"]
-        values = {known.attribute: document[name] for name, known in _FIELDS.items()}
+        known_since = {"onMissing": "rollback"} | document  # rows from before a field was known mean its default
+        values = {known.attribute: known_since[name] for name, known in _FIELDS.items()}
         hooks = {moment: tuple(names) for moment, names in document.get("hooks", {}).items()}
         return cls(latency_p95_ms=targets.get("latency_p95_ms"), max_error_rate=targets.get("max_error_rate"),
                    max_drift=targets.get("max_drift"), mode_reason=document["modeReason"], hooks=hooks, **values)
@@ -4918,6 +4920,7 @@ _FIELDS = {
     "requireApproval": _Field("needs_approval"),
     "shadow": _Field("is_shadow"),
     "onInconclusive": _Field("on_inconclusive", words=("rollback", "pause"), modes=_PATIENT),
+    "onMissing": _Field("on_missing", words=("rollback", "pause")),
     "onConflict": _Field("on_conflict", words=("reject", "queue", "supersede")),
     "watchSeconds": _Field("watch_s", 0, 604800),
 }
@@ -5112,7 +5115,7 @@ def _fill_fields(values: Mapping[str, Any], mode: str, interval_s: float, limits
         "breachTicks": math.ceil(query_window_s / interval_s) + 2,
         "goodShare": 0.8, "lastGood": 2, "alpha": 0.01, "endAlpha": 0.05, "earlyPromoteFraction": None,
         "graceTicks": 3, "requireApproval": False, "shadow": False, "onInconclusive": "rollback",
-        "onConflict": "reject", "watchSeconds": 0}
+        "onMissing": "rollback", "onConflict": "reject", "watchSeconds": 0}
     if limits is not None:
         usual = {"intervalSeconds": usual_interval_s, "queryWindowSeconds": max(30, window_s) if is_classic else 30}
         _refuse_looser(values, defaults | usual, limits)
@@ -5135,7 +5138,7 @@ def _refuse_looser(values: Mapping[str, Any], defaults: Mapping[str, Any], limit
             raise InvalidArguments(f"policy.{name} is {value:g}; gate {limits.name} takes at "
                                    f"{'most' if name in _LOOSER_ABOVE else 'least'} {usual:g} (the default), a caller may "
                                    "only be stricter")
-        if name == "earlyPromoteFraction" and value is not None or (name, value) == ("onInconclusive", "pause"):
+        if name == "earlyPromoteFraction" and value is not None or name in ("onInconclusive", "onMissing") and value == "pause":
             raise InvalidArguments(f"policy.{name} is {_show_value(value)}; gate {limits.name} takes only {usual!r} (the "
                                    "default), a caller may only be stricter")
 
@@ -5271,6 +5274,7 @@ SLOW_SHARE = 0.05
 _TAIL_SHARE, _TAIL_ALPHA = 0.2, 0.01  # the last fifth of the window has a test of its own
 _EARLY_ALPHA = 0.001
 _DEAD_TICKS, _DEAD_RATE = 2, 0.5  # what ends a canary in its warm-up already
+UNSEEN = "metrics_missing"  # the reason of a canary about which nothing has been known for too long
 _BAD_KINDS = ("errors", "latency")
 _Outcome = tuple[str, str, str]  # decision, reason, inequality
 
@@ -5450,7 +5454,7 @@ def _check_missing(state: Judge, sample: Sample) -> _Outcome | None:
     if count <= allowed:
         return None
     told = ", ".join(f"{word} {times}" for word, times in sorted(state.missing.items()))
-    return "rollback", "metrics_missing", (f"{count} ticks in a row without values, allowed are {allowed} "
+    return state.policy.on_missing, UNSEEN, (f"{count} ticks in a row without values, allowed are {allowed} "
                                            f"(in the whole run: {told})")
 
 
@@ -7395,7 +7399,8 @@ class StubSampler:
 
 
 UNDER_WAY = (CanaryStatus.RUNNING, CanaryStatus.PAUSED)
-HELD = "paused"  # the reason of a canary that a person paused; any other waits for an approval
+HELD = "paused"  # the reason of a canary that a person paused
+RESUMABLE = (HELD, UNSEEN)  # what resume_canary ends; any other waits for an approval
 FROZEN = "frozen"  # of one that would be promoted if nothing were frozen
 _STORE_RETRY_S = 1.0
 _TOLD = ("reason", "rule", "inequality", "tick", "ticks", "elapsedSeconds", "shadow")  # of the audit, in the event
@@ -7672,8 +7677,9 @@ class Step:
         """The end of a window that a person has to decide; monitoring goes on."""
         moved = tx.move_canary(canary.canary_id, (CanaryStatus.RUNNING,), status=CanaryStatus.PAUSED,
                                reason=self.verdict.reason)
-        message = (f"canary {canary.canary_id} of {canary.model_id} to {canary.to_gate} waits for approve_canary or "
-                   f"abort_canary ({self.verdict.reason}): {self.verdict.inequality}")
+        way = "resume_canary" if self.verdict.reason in RESUMABLE else "approve_canary"
+        message = (f"canary {canary.canary_id} of {canary.model_id} to {canary.to_gate} waits for {way} or abort_canary "
+                   f"({self.verdict.reason}): {self.verdict.inequality}")
         verdict = self.verdict
         tell_canary(tx, moved, "paused", message, action="canary_pause", details={
             "reason": verdict.reason, "inequality": verdict.inequality, "numbers": dict(verdict.numbers)})
@@ -7764,7 +7770,7 @@ class Vigil(Watch):
         window_s = max(20.0, policy.watch_s)
         policy = replace(policy, window_s=window_s, interval_s=min(policy.interval_s, window_s / 2), warmup_s=0.0,
                          needs_approval=False, is_shadow=False, early_promote_fraction=None, on_inconclusive="rollback",
-                         mode="bake" if policy.mode == "classic" else policy.mode)
+                         on_missing="rollback", mode="bake" if policy.mode == "classic" else policy.mode)
         super().__init__(store, clock, sampler, canary, policy, **options)
         self._is_auto = is_auto
         self._first_tick = first_tick
@@ -8847,7 +8853,7 @@ class CanaryController:
             canary = tx.find_canary(canary_id)
             if canary.status != come:
                 raise Conflict(f"{canary_id} is {canary.status}; only a canary that is {come} can be {verb}")
-            if not is_pause and canary.reason != HELD:
+            if not is_pause and canary.reason not in RESUMABLE:
                 raise Conflict(f"{canary_id} waits for approve_canary or abort_canary ({canary.reason}), not for "
                                "resume_canary")
             moved = tx.move_canary(canary_id, (come,), status=go, reason=HELD if is_pause else None)
@@ -8903,7 +8909,7 @@ class CanaryController:
             self._brakes.check_frozen("a promotion", tx)
             if self._brakes.hold_of(canary_id):
                 raise Conflict(f"{canary_id} was stopped, which the database could not store yet; try again later")
-            if now.status != CanaryStatus.PAUSED or now.reason == HELD or state.ending is None:
+            if now.status != CanaryStatus.PAUSED or now.reason in RESUMABLE or state.ending is None:
                 raise Conflict(f"{canary_id} is {now.status}" + (f" ({now.reason})" if now.reason else "")
                                + "; only a canary that waits for it at the end of its window can be approved")
             tell_canary(tx, now, "approved", f"{actor.name} approved the canary of {now.model_id} to {now.to_gate}",
@@ -16340,7 +16346,7 @@ class CanaryWork:
 
 def waits_for_yes(canary: Canary) -> bool:
     """Whether nothing but a person's yes is missing."""
-    return canary.status is CanaryStatus.PAUSED and canary.reason != HELD or canary.reason == ASKED
+    return canary.status is CanaryStatus.PAUSED and canary.reason not in RESUMABLE or canary.reason == ASKED
 
 
 def _way_to_approve(services: Services, canary: Canary) -> str:

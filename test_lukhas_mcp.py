@@ -4538,7 +4538,7 @@ class TestPolicy:
             "queryWindowSeconds": 30, "warmupSeconds": 60, "minRequests": 50, "minTickRequests": 20,
             "maxConsecutiveMissing": 2, "egregiousTicks": 2, "breachTicks": 5, "goodShare": 0.8, "lastGood": 2,
             "alpha": 0.01, "endAlpha": 0.05, "earlyPromoteFraction": None, "graceTicks": 3, "requireApproval": False,
-            "shadow": False, "onInconclusive": "rollback", "onConflict": "reject", "watchSeconds": 0,
+            "shadow": False, "onInconclusive": "rollback", "onMissing": "rollback", "onConflict": "reject", "watchSeconds": 0,
             "modeReason": "the raw counters are known", "rule": "guarded/1"}
 
     def test_classic_is_the_originals(self):
@@ -7817,6 +7817,25 @@ class TestCanary:
                 canary = await start(canaries, {"windowSeconds": 20, "onInconclusive": "pause"})
                 await until_canary(canaries, lambda: status_of(canaries, canary) == "PAUSED too_few_requests")
                 assert (await canaries.control.approve(canary.canary_id, ADA)).status == "PROMOTED"
+        run_async(work())
+
+    def test_data_that_stay_away_may_be_waited_for_and_promote_nothing(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path, with_counters=False) as canaries:
+                control, clock = canaries.control, canaries.clock
+                canaries.sampler.script = [(100.0, 0.0)] * 4 + [None] * 5 + [(100.0, 0.0)]
+                clock.until_s = 60
+                canary = await start(canaries, {"windowSeconds": 400, "warmupSeconds": 0, "onMissing": "pause"})
+                await until_canary(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 6)
+                assert status_of(canaries, canary) == "PAUSED metrics_missing"
+                assert "no data never promotes" in await refusal_of(control.approve(canary.canary_id, BOB), lm.Conflict)
+                clock.until_s = 450
+                await until_canary(canaries, lambda: len(canaries.store.load_samples(canary.canary_id)) == 45)
+                assert status_of(canaries, canary) == "PAUSED metrics_missing", "what is paused is not promoted"
+                await control.resume(canary.canary_id, ADA)
+                clock.until_s = 460
+                await until_canary(canaries, lambda: canaries.store.find_canary(canary.canary_id).status.is_final)
+                assert status_of(canaries, canary) == "PROMOTED window_end_good"
         run_async(work())
 
     def test_a_pause_holds_the_promotion_back_across_a_restart_and_is_lifted(self, tmp_path):
@@ -21768,7 +21787,8 @@ LOOSE_STARTS = (
 LOOSE_KNOBS = ({"egregiousTicks": 1000}, {"breachTicks": 100000}, {"maxConsecutiveMissing": 1000},
                {"goodShare": 0.5}, {"lastGood": 1}, {"warmupSeconds": 150}, {"minTickRequests": 1e9},
                {"queryWindowSeconds": 86400}, {"minRequests": 0}, {"mode": "classic"},
-               {"intervalSeconds": 150}, {"onInconclusive": "pause"})
+               {"intervalSeconds": 150}, {"onInconclusive": "pause"}, {"onMissing": "pause"}, {"alpha": 1e-6}, {"endAlpha": 1e-6},
+               {"earlyPromoteFraction": 0.1}, {"graceTicks": 100})
 OTHER_GATES = ("Production", "PRODUCTION", "production.", "production/", "prod", "pr0duction", "production-2")
 
 
