@@ -243,7 +243,7 @@ __all__ = [
     # Tables
     "SCHEMA_VERSION", "open_database",
     # Store
-    "Reads", "Transaction", "verify_file", "Store",
+    "Reads", "Transaction", "verify_file", "try_write", "Store",
     # Checkpoints
     "CheckpointFile", "Growth", "LogReport", "measure_growth", "verify_log",
     # Evidence
@@ -3344,6 +3344,7 @@ _COLUMNS = {
     "audits": ("hash TEXT",),
 }
 _MARKS = {"jobs": "result_json", "audits": "payload_json", "canaries": "policy_json"}
+_MAX_LOG_BYTES = 64 * 2**20
 NETWORK_SYSTEMS = frozenset("nfs nfs4 cifs smb3 smbfs afpfs fuse.sshfs fuse.s3fs 9p ceph glusterfs".split())
 
 
@@ -3356,6 +3357,9 @@ def connect(path: str, *, is_writer: bool, sync: str = "full", journal: str = "w
         connection.execute(f"PRAGMA journal_mode={journal}")
         connection.execute(f"PRAGMA synchronous={sync}")
         connection.execute("PRAGMA wal_autocheckpoint=1000")
+        connection.execute(f"PRAGMA journal_size_limit={_MAX_LOG_BYTES}")  # a reader that stayed long has let it grow
+        for name in ("fullfsync", "checkpoint_fullfsync"):  # macOS: fsync alone stops at the drive's cache
+            connection.execute(f"PRAGMA {name}=ON")
     else:
         connection.execute("PRAGMA query_only=ON")
         connection.execute("PRAGMA wal_autocheckpoint=0")
@@ -3407,6 +3411,16 @@ def file_system_of(path: str) -> str:
     where = os.path.realpath(os.path.dirname(path)) + "/"
     inside = [mount for mount in mounts if where.startswith(mount[1].rstrip("/") + "/")]
     return max(inside, key=lambda mount: len(mount[1]))[2] if inside else ""
+
+
+def identify_files(path: str) -> list[tuple[int, int]]:
+    """Device and inode of a database and of its write-ahead log, of those that are there."""
+    found = []
+    for name in (path, path + "-wal"):
+        with contextlib.suppress(OSError):
+            status = os.stat(name)
+            found.append((status.st_dev, status.st_ino))
+    return found
 
 
 def connect_readonly(path: str) -> sqlite3.Connection:
@@ -3853,15 +3867,27 @@ class Store(Reads):
                  publish: Callable[[list[Event]], None] = lambda events: None):
         self.path = path
         self.publish = publish
-        self.fault = ""  #: why the last COMMIT failed; empty while writing works
+        self._fault = ""
         self.commits = 0
         self._clock = clock
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._writing = open_database(path, clock, sync=sync, journal=journal)
+        self._writing.set_authorizer(_guard_audits)
         super().__init__(connect(path, is_writer=False))
+        self._files = identify_files(path)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._write_groups, name="store", daemon=True)
+
+    @property
+    def fault(self) -> str:
+        """Why nothing can be committed; empty while writing works."""
+        return self._fault or self._find_loss()
+
+    def _find_loss(self) -> str:
+        """Whether the database still lies where it was opened: what goes into a file without a name is lost at the end."""
+        return "" if identify_files(self.path) == self._files else (
+            "the database's file or its log is gone, or another lies in its place: put it back, or start the server again")
 
     def start(self) -> None:
         """Begin to write; call on the event loop that will await the writes."""
@@ -3910,19 +3936,23 @@ class Store(Reads):
         """One transaction for all; each work in its own savepoint."""
         execute = self._writing.execute
         try:
+            if loss := self._find_loss():
+                raise sqlite3.OperationalError(loss)
             execute("BEGIN IMMEDIATE")
             for work in works:
                 self._run_work(work)
             execute("COMMIT")
-            self.fault = ""
+            self._fault = ""
             self.commits += 1
         except sqlite3.Error as error:
-            self.fault = f"the database can't commit: {error}"
-            log.error("%s", self.fault)
+            fault = f"the database can't commit: {error}"
+            if fault != self._fault:
+                log.error("%s", fault)
+            self._fault = fault
             if self._writing.in_transaction:
                 execute("ROLLBACK")
             for work in works:
-                work.error = work.error or Unavailable(f"{self.fault}; nothing was changed")
+                work.error = work.error or Unavailable(f"{self._fault}; nothing was changed")
 
     def _run_work(self, work: _Work) -> None:
         transaction = Transaction(self._writing, self._clock)
@@ -3953,6 +3983,18 @@ class Store(Reads):
                 work.future.set_result(work.outcome)
         if events:
             self.publish(events)
+
+
+def _guard_audits(action: int, table: str | None, *_: Any) -> int:
+    """A belt: no statement of a server changes or removes an audit row. (Triggers would alter the original's table.)"""
+    is_change = table == "audits" and action in (sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE)
+    return sqlite3.SQLITE_DENY if is_change else sqlite3.SQLITE_OK
+
+
+def try_write(tx: Transaction) -> None:
+    """Touch a page, so that the COMMIT shows whether there is room; nothing is left of it."""
+    tx.set_switch("try", {"at": tx.now})
+    tx.set_switch("try", None)
 
 
 def _log_failure(future: asyncio.Future[Any]) -> None:
@@ -20004,13 +20046,13 @@ class Housekeeping:
     async def _sweep(self, now_s: float) -> None:
         services = self._services
         if now_s - self._swept_s >= _HISTORY_SWEEP_S:
-            self._swept_s = now_s
             await services.store.write(_sweep_history)
+            self._swept_s = now_s
         if now_s >= self._jobs_due_s:
-            self._jobs_due_s = now_s + _JOBS_SWEEP_S
             await services.jobs.sweep()
             await services.store.write(lambda tx: (tx.sweep_contents(), tx.sweep_large_events(_KEPT_EVENT_BYTES),
                                                    tx.sweep_outbox(tx.now_s - _SAMPLES_KEPT_S, _KEPT_SAMPLES)))
+            self._jobs_due_s = now_s + _JOBS_SWEEP_S
 
 
 def _sweep_history(tx: Transaction) -> None:
@@ -20643,6 +20685,9 @@ class Server:
         while True:
             await self.services.clock.sleep(_SNAPSHOT_S)
             try:
+                if self.services.store.fault:  # nobody writes to a server that is not ready: it tries by itself
+                    with contextlib.suppress(Unavailable):
+                        await self.services.store.write(try_write)
                 await self._take_lease()
                 await self._snapshot.save()
                 await self._rounds.turn()
@@ -20652,6 +20697,8 @@ class Server:
                 rounds += 1
                 if rounds % 20 == 0:
                     self.services.reads.flush()
+            except Unavailable as error:
+                log.warning("a round of housekeeping was not finished: %s", error.message)
             # house: allow broad -- one failed round is logged, the next one comes
             except Exception:
                 log.exception("a round of housekeeping failed")

@@ -5874,7 +5874,7 @@ def failing_commits(store):
     whole = store._write_group
 
     def fail(works):
-        store.fault = "the database can't commit: disk I/O error"
+        store._fault = "the database can't commit: disk I/O error"
         for work in works:
             work.error = lm.Unavailable(f"{store.fault}; nothing was changed")
     store._write_group = fail
@@ -9699,6 +9699,7 @@ class TestJobs:
                 job = await bench.run("nobody-defined-this")
                 await bench.until(lambda: not bench.runner._runs)
                 assert bench.actions(job.job_id) == ["run_eval", "eval_failed"]
+                gc.collect()  # a task that failed unseen is told then
         run_async(run())
         assert not caplog.records
 
