@@ -11391,9 +11391,12 @@ class Root:
     def relative(self, path: str, *, is_folder: bool = False) -> str:
         """The proven relative path of what a caller named; "" is the root, where a folder is meant.
 
-        Raises PathRefused, or InvalidArguments for a text that is no path.
+        Raises PathRefused, or InvalidArguments for a text that is no path; Unavailable when the folder was
+        moved away: git and evals go by its path, and nobody looks for a change where it is now.
         """
         _check_path_text(path)
+        if not self._is_here():
+            raise Unavailable("the repository is gone, or another folder lies in its place: put it back, or start the server again")
         below = path
         if path.startswith("/"):
             below = next((path[len(one):] for one in self._beginnings if (path + "/").startswith(one)), None)
@@ -11410,6 +11413,14 @@ class Root:
             raise PathRefused(f"Secret files are closed to tools: {_shown_path(path)} "
                               "(the operator may set LUKHAS_MCP_ALLOW_SECRETS=1)")
         return rel
+
+    def _is_here(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except PermissionError:
+            return True  # nobody can tell
+        except OSError:
+            return False
 
     def writable(self, path: str) -> str:
         """`relative`, for a file that is to be written, moved or deleted."""
