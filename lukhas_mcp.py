@@ -15080,7 +15080,9 @@ class Metrics:
     """What this process counts; only ever touched on the event loop's thread."""
 
     def __init__(self) -> None:
-        self._counters: dict[tuple[str, str], float] = {}
+        # A series that is there from the start: without one of status 5xx an error rate would be no data, not 0.
+        self._counters: dict[tuple[str, str], float] = {
+            ("http_requests_total", 'route="/mcp",method="POST",status="500"'): 0}
         self._buckets: dict[str, list[int]] = {}
         self._sums: dict[str, float] = {}
         self._labels: dict[tuple[str, str, int], tuple[str, str]] = {}

@@ -5394,16 +5394,16 @@ class Exporter:
 
 
 class RealPrometheus:
-    """A real Prometheus on a free port that scrapes an exporter as job `matriz`."""
+    """A real Prometheus on a free port that scrapes an exporter as job `matriz`, with a key if one is given."""
 
-    def __init__(self, folder: pathlib.Path, exporter_port: int, interval_s: float = 0.25):
+    def __init__(self, folder: pathlib.Path, exporter_port: int, interval_s: float = 0.25, key: str = ""):
         self.folder = folder
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         interval = f"{round(interval_s * 1000)}ms"
         (folder / "prom.yml").write_text(
             f"global: {{scrape_interval: {interval}, scrape_timeout: {interval}}}\n"
-            "scrape_configs:\n- job_name: matriz\n"
+            "scrape_configs:\n- job_name: matriz\n" + (f"  authorization: {{credentials: {key}}}\n" if key else "") +
             f'  static_configs: [{{targets: ["127.0.0.1:{exporter_port}"]}}]\n')
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -12447,7 +12447,35 @@ class TestMetrics:
         assert series["lukhas_events_total"] == 123_456_789
 
     def test_an_empty_page_is_a_page(self):
-        assert read_metrics(lm.Metrics().render({})) == {}
+        assert read_metrics(lm.Metrics().render({})) == {'http_requests_total{route="/mcp",method="POST",status="500"}': 0}
+
+    def test_prometheus_scrapes_this_very_server_and_the_seeds_queries_decide_on_it(self, make_server, tmp_path):
+        """Scraped as job matriz with a viewer's key; its own canary reads itself by the guide's two queries."""
+        require("prometheus")
+        port = free_port()
+        server = make_server(port=port, key="op", LUKHAS_MCP_API_KEYS="ops:operator:op,prom:viewer:scrape",
+                             CANARY_INTERVAL_SECONDS=0.5, PROM_Q_LAT=SEED_LAT, PROM_Q_ERR=SEED_ERR, PROM_TIMEOUT_MS=3000,
+                             PROM_URL=f"http://127.0.0.1:{(prometheus_port := free_port())}", started=False)
+        prometheus = RealPrometheus(tmp_path, port, key="scrape")
+        prometheus.port, prometheus.url = prometheus_port, f"http://127.0.0.1:{prometheus_port}"
+        server.start()
+        page = server.request("GET", "/metrics").body
+        found = subprocess.run([require("promtool"), "check", "metrics"], input=page, capture_output=True)
+        assert found.returncode == 0, found
+        try:
+            prometheus.start()
+            for query in (SEED_LAT, SEED_ERR):
+                address = prometheus.url + "/api/v1/query?" + urlencode({"query": query})
+                rows = wait_until(lambda: json.load(urllib.request.urlopen(address))["data"]["result"], 20, query)
+                value = float(rows[0]["value"][1])
+                assert len(rows) == 1 and (0 < value < 10_000 if query == SEED_LAT else value == 0), rows
+            canary_id = server.call("start_canary", modelId="m", fromGate="a", toGate="b", policy={
+                "windowSeconds": 60, "targets": {"latency_p95_ms": 9000, "max_error_rate": 0.5}})["canaryId"]
+            with server.sse(f"canary/{canary_id}") as stream:
+                metric = stream.until_event("metric", timeout_s=15).json
+            assert (metric["source"], metric["error_rate"]) == ("prometheus", 0) and 0 < metric["latency_p95_ms"] < 9000
+        finally:
+            prometheus.stop()
 
 
 # ==============================================================================
