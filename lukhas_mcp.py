@@ -3962,7 +3962,7 @@ class Store(Reads):
             work.events = transaction.events
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-            if code != sqlite3.SQLITE_ERROR and not isinstance(error, sqlite3.IntegrityError):
+            if code not in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_AUTH) and not isinstance(error, sqlite3.IntegrityError):
                 raise  # the file itself: the whole group fails
             work.error = error
         # house: allow broad -- a work's error belongs to its caller, never to the group

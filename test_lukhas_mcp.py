@@ -265,6 +265,7 @@ import threading
 import time
 import traceback
 import types
+import typing
 import urllib.parse
 import urllib.request
 import zipfile
@@ -3516,6 +3517,36 @@ class TestStore:
                 assert store.find_job(make_job(2).job_id).result == large
         run_async(story())
         assert lm.verify_file(str(tmp_path / "state.db")) is None
+
+    def test_a_log_that_a_slow_reader_has_let_grow_is_cut_when_it_has_gone_on(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(lm, "_MAX_LOG_BYTES", 1 << 20)
+
+        async def run():
+            async with open_store(tmp_path) as store:
+                def grow(tx):
+                    tx.keep_content(secrets.token_hex(32), secrets.token_bytes(900_000))
+                with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as reader:
+                    reader.execute("BEGIN")
+                    reader.execute("SELECT count(*) FROM audits").fetchone()
+                    for _ in range(8):
+                        await store.write(grow)
+                    assert os.path.getsize(store.path + "-wal") > 6 << 20
+                for _ in range(3):
+                    await store.write(lm.try_write)
+                assert os.path.getsize(store.path + "-wal") <= 1 << 20
+        run_async(run())
+
+    def test_no_statement_of_a_server_changes_or_removes_an_audit_row(self, tmp_path):
+        async def run():
+            async with open_store(tmp_path) as store:
+                await store.write(lambda tx: tx.record(make_record(1)))
+                for sql in ("UPDATE audits SET actor='x'", "DELETE FROM audits"):
+                    with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
+                        await store.write(lambda tx, sql=sql: tx._connection.execute(sql).rowcount and None)
+                assert store.find_audit(1).actor == make_record(1).actor.name and store.fault == ""
+                assert await store.write(lambda tx: tx.record(make_record(2))) == 2
+        run_async(run())
+        assert lm.verify_log(str(tmp_path / "state.db")).fault is None
 
     def test_a_locked_database_refuses_and_recovers(self, tmp_path):
         async def story():
@@ -19428,6 +19459,35 @@ README = HERE / "README.md"
 DOCKERFILE = HERE / "Dockerfile"
 
 
+class Fault(typing.NamedTuple):
+    """A row of the README's table, shown by TestFaults: `is_ready`, `reads` and `writes` say whether they go on."""
+
+    name: str
+    is_ready: bool
+    reads: bool
+    writes: bool
+    readyz_told: str
+    write_told: str
+    canaries: str
+    ending: str
+
+
+FAULTS = {one.name: one for one in (
+    Fault("disk full", False, True, False, "with the reason, until a commit works; it tries every 3 s",
+          "each says that nothing was changed; no half-written file", "sampled on; decided when it can be committed", "0 at SIGTERM"),
+    Fault("read-only database", False, False, False, "no server", "", "–", "2 at the start, with one line"),
+    Fault("database file gone", False, True, False, "with the reason, until it is back in its place", "each says that nothing was changed",
+          "sampled on; decided when it can be committed", "0 at SIGTERM"),
+    Fault("second process", True, True, True, "both; `controller.holder` says who drives", "in both",
+          "driven by the holder of the lease; by the other within 3 s of its end", "0 at SIGTERM"),
+    Fault("clock jump", True, True, True, "", "rows bear the clock's time; their order is the ids'",
+          "go by the monotonic clock: not decided early", "0 at SIGTERM"),
+    Fault("WAL huge", True, True, True, "", "slower reads until who holds it has read on; then cut to 64 MiB", "go on", "0 at SIGTERM"),
+    Fault("Prometheus gone", True, True, True, "", "", "conservative values (9999 ms, 1.0): rolled back, never promoted", "0 at SIGTERM"),
+    Fault("repository gone", True, True, True, "", "file and git tools refuse and say so; an eval has FAILED with the reason",
+          "go on", "0 at SIGTERM"))}
+
+
 def first_sentence(text: str) -> str:
     """The first sentence of a docstring, on one line, fit for a table's cell."""
     paragraph = " ".join((text or "").split("\n\n")[0].split())
@@ -19454,7 +19514,12 @@ def readme_tables() -> dict[str, str]:
                 for one in lm.SETTINGS]
     routes = [(f"`{verb} {path}`", one.access, first_sentence(one.handler.__doc__))
               for path, verbs in lm.ROUTES.items() for verb, one in verbs.items()]
-    return {"tools": table_of(("tool", "arguments (bold: required)", "role", "what it does"), tools),
+    words = {True: "yes", False: "no"}
+    faults = [(one.name, f"{200 if one.is_ready else 503} {one.readyz_told}".strip() if one.reads else one.readyz_told,
+               words[one.reads], f"{words[one.writes]}{': ' if one.write_told else ''}{one.write_told}", one.canaries, one.ending)
+              for one in FAULTS.values()]
+    return {"faults": table_of(("fault", "/readyz", "reads", "writes", "canaries", "exit status"), faults),
+            "tools": table_of(("tool", "arguments (bold: required)", "role", "what it does"), tools),
             "settings": table_of(("variable", "flag", "default", "meaning"), settings),
             "routes": table_of(("route", "who", "answer"), sorted(routes, key=lambda row: row[0].split()[1]))}
 
@@ -20646,6 +20711,195 @@ class TestDatabaseMisused:
         for name in sorted(acknowledged)[:5]:
             assert server.call("why", id=name).count("action=promote_model") == 1
         server.stop()
+        assert_whole(server)
+
+
+CANARY_UNDER_FAULT = {"modelId": "watched", "fromGate": "a", "toGate": "prod", "policy": {
+    "windowSeconds": 600, "targets": {"latency_p95_ms": 100, "max_error_rate": 0.1}}}
+#: Runs a program with a wall clock that is off by what a file says.
+JUMPY_CLOCK = """
+import os, runpy, sys, time
+real, sys.argv = time.time, sys.argv[1:]
+def jumpy():
+    try:
+        with open(os.environ["CLOCK_OFFSET"]) as stream:
+            return real() + float(stream.read() or 0)
+    except OSError:
+        return real()
+time.time = jumpy
+runpy.run_path(sys.argv[0], {"is_fresh": True}, run_name="__main__")
+"""
+
+
+def is_well(server: Server, tool: str, **arguments: Any) -> bool:
+    """Whether a tool call goes well; an error must be the tool's own."""
+    return not server.result(tool, arguments).get("isError")
+
+
+def assert_as_told(server: Server, name: str) -> None:
+    """Readiness, reads and writes under a fault are as the README's table says."""
+    one = FAULTS[name]
+    found = server.request("GET", "/readyz")
+    assert (found.status == 200, bool(found.json["reasons"])) == (one.is_ready, not one.is_ready), found.json
+    assert is_well(server, "list_jobs") is one.reads
+    result = server.result("promote_model", {"modelId": new_name(), "gate": "stage"})
+    assert not result.get("isError") is one.writes, result
+    assert one.writes or "nothing was changed" in result["content"][0]["text"], result
+
+
+def new_name() -> str:
+    """A name that no test has used."""
+    return f"model-{secrets.token_hex(4)}"
+
+
+class TestFaults:
+    """Each row of the README's table of faults, on a real server."""
+
+    def test_each_row_has_its_test(self) -> None:
+        assert {f"test_{name.replace(' ', '_').replace('-', '_').lower()}" for name in FAULTS} <= set(dir(TestFaults))
+
+    def test_disk_full(self, make_server: Callable[..., Server]) -> None:
+        server = make_server(CANARY_INTERVAL_SECONDS=0.2)
+        canary = server.call("start_canary", **CANARY_UNDER_FAULT)
+        limits = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        wait_until(lambda: server.request("GET", "/readyz").status == 503, what="a sample that finds no room")
+        assert_as_told(server, "disk full")
+        assert not is_well(server, "write_file", path="docs/big.txt", contents="x" * 9000)
+        assert sorted(path.name for path in (server.repo / "docs").iterdir()) == ["guide.md"]
+        ticks = len(read_rows(server.db, "SELECT id FROM canary_metrics"))
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limits)
+        wait_until(lambda: server.request("GET", "/readyz").status == 200, what="room again, found without any client")
+        wait_until(lambda: len(read_rows(server.db, "SELECT id FROM canary_metrics")) > ticks, what="samples again")
+        assert server.call("canary_status", canaryId=canary["canaryId"])["status"] in ("RUNNING", "ROLLED_BACK")
+        assert server.stop() == 0
+        assert_whole(server)
+
+    def test_read_only_database(self, make_server: Callable[..., Server]) -> None:
+        server = make_server()
+        assert server.stop() == 0
+        options = {}
+        if os.getuid() == 0:
+            python = next((path for path in (sys.executable, "/usr/bin/python3") if is_reachable(path, 54321)), None)
+            if python is None:
+                (pytest.fail if IS_CI else pytest.skip)("no interpreter that another user can run")
+            place = pathlib.Path(tempfile.mkdtemp(prefix="read-only-"))
+            shutil.copy(PROGRAM, place)
+            shutil.copy(server.db, place / "state.db")
+            (place / "state.db").chmod(0o644)
+            place.chmod(0o755)
+            options = {"user": 54321, "group": 54321, "extra_groups": [], "cwd": place}
+            command = [python, str(place / PROGRAM.name)]
+        else:
+            place, command = server.folder / "place", [sys.executable, str(PROGRAM)]
+            place.mkdir()
+            shutil.copy(server.db, place / "state.db")
+            (place / "state.db").chmod(0o444)
+            place.chmod(0o555)
+        before = (place / "state.db").read_bytes()
+        done = subprocess.run(command, env=clean_environ(LUKHAS_REPO_ROOT=place, LUKHAS_MCP_DB=place / "state.db", PORT=0,
+                                                         LUKHAS_MCP_STATE_DIR=server.folder / "none", PYTHONDONTWRITEBYTECODE=1),
+                              capture_output=True, text=True, timeout=60, **options)
+        place.chmod(0o755)
+        lines = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+        assert done.returncode == 2 and len(lines) == 1 and "can't be written" in lines[0], done
+        assert (place / "state.db").read_bytes() == before
+        shutil.rmtree(place)
+
+    @pytest.mark.parametrize("gone", ["", "-wal"])
+    def test_database_file_gone(self, make_server: Callable[..., Server], gone: str) -> None:
+        server = make_server(CANARY_INTERVAL_SECONDS=0.2)
+        canary = server.call("start_canary", **CANARY_UNDER_FAULT)
+        path, away = f"{server.db}{gone}", server.folder / "away"
+        os.rename(path, away)
+        assert_as_told(server, "database file gone")
+        shutil.copyfile(away, path)  # a copy is another file: what is written there is not what is open here
+        assert_as_told(server, "database file gone")
+        assert server.call("canary_status", canaryId=canary["canaryId"])["status"] == "RUNNING"
+        os.replace(away, path)
+        wait_until(lambda: server.request("GET", "/readyz").status == 200, what="readiness without any client's write")
+        assert is_well(server, "promote_model", modelId="m", gate="stage")
+        assert server.stop() == 0
+        assert_whole(server)
+
+    def test_second_process(self, make_server: Callable[..., Server]) -> None:
+        first = make_server(CANARY_INTERVAL_SECONDS=0.2)
+        second = make_server(folder=first.folder, port=free_port(), CANARY_INTERVAL_SECONDS=0.2)
+        holders = [one.request("GET", "/readyz").json["controller"] for one in (first, second)]
+        assert [one["held"] for one in holders] == [True, False] and holders[0]["holder"] == holders[1]["holder"]
+        for server in (first, second):
+            assert_as_told(server, "second process")
+        canary = second.call("start_canary", **CANARY_UNDER_FAULT)
+        count = lambda: len(read_rows(first.db, "SELECT id FROM canary_metrics"))
+        wait_until(lambda: count() > 1, what="samples of a canary that the other process has started")
+        first.kill()
+        ticks = count()
+        wait_until(lambda: count() > ticks, what="samples by the one that is left")
+        assert second.request("GET", "/readyz").json["controller"]["held"] is True
+        assert second.call("canary_status", canaryId=canary["canaryId"])["canaryId"] == canary["canaryId"]
+        assert second.stop() == 0
+        assert_whole(second)
+
+    @pytest.mark.parametrize("jump_s", [-86400 * 400, 86400 * 400])
+    def test_clock_jump(self, make_server: Callable[..., Server], tmp_path: pathlib.Path, jump_s: int) -> None:
+        server = make_server(command=[*python_command(), "-c", JUMPY_CLOCK], CLOCK_OFFSET=tmp_path / "offset",
+                             CANARY_INTERVAL_SECONDS=0.2)
+        server.call("observe", gate="prod", modelId="watched", latency_ms=[10.0] * 50, errors=0)
+        canary = server.call("start_canary", **CANARY_UNDER_FAULT)["canaryId"]
+        count = lambda: len(read_rows(server.db, "SELECT id FROM canary_metrics"))
+        wait_until(lambda: count() > 1, what="samples")
+        (tmp_path / "offset").write_text(str(jump_s))
+        ticks = count()
+        wait_until(lambda: count() > ticks + 1, what="samples after the jump")
+        assert_as_told(server, "clock jump")
+        assert server.call("canary_status", canaryId=canary)["status"] == "RUNNING"
+        server.call("abort_canary", canaryId=canary)
+        assert server.stop() == 0
+        assert_whole(server)
+
+    def test_wal_huge(self, make_server: Callable[..., Server]) -> None:
+        server = make_server()
+        size = lambda: os.path.getsize(f"{server.db}-wal")
+        with contextlib.closing(sqlite3.connect(server.db, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM audits").fetchone()
+            for at in range(14):  # each keeps what it replaces
+                server.call("write_file", path="docs/x.txt", contents=f"{at}" * 900_000, overwrite=True)
+            assert size() > 10 << 20
+            assert_as_told(server, "WAL huge")
+        grown = size()
+        for at in range(4):
+            server.call("write_file", path="docs/x.txt", contents=f"{at}" * 900_000, overwrite=True)
+        assert size() <= grown + (5 << 20), "the log was begun anew"
+        assert server.stop() == 0
+        assert_whole(server)
+
+    def test_prometheus_gone(self, make_server: Callable[..., Server]) -> None:
+        server = make_server(PROM_URL=f"http://127.0.0.1:{free_port()}", PROM_TIMEOUT_MS=200, CANARY_INTERVAL_SECONDS=0.2)
+        policy = CANARY_UNDER_FAULT["policy"] | {"mode": "classic"}
+        canary = server.call("start_canary", **CANARY_UNDER_FAULT | {"policy": policy})["canaryId"]
+        assert_as_told(server, "Prometheus gone")
+        assert server.wait_for("canary_status", 60, canaryId=canary)["status"] == "ROLLED_BACK"
+        assert server.call("promote_model", modelId="watched", gate="stage", dryRun=True)["currentGates"] == []
+        assert server.stop() == 0
+
+    def test_repository_gone(self, make_server: Callable[..., Server], tmp_path: pathlib.Path) -> None:
+        server = make_server(LUKHAS_MCP_DB=tmp_path / "state.db", CANARY_INTERVAL_SECONDS=0.2, started=False)
+        (server.repo / "lukhas.toml").write_text('[tasks.unit]\ncommand = ["true"]\nmetrics = "exit"\n')
+        server.start()
+        canary = server.call("start_canary", **CANARY_UNDER_FAULT)["canaryId"]
+        server.repo.rename(tmp_path / "moved")
+        assert_as_told(server, "repository gone")
+        for tool, arguments in (("write_file", {"path": "docs/x.txt", "contents": "x"}), ("fetch", {"id": "lukhas-path:UkVBRE1FLm1k"}),
+                                ("list_dir", {"path": "."}), ("git_commit", {"message": "m", "add": ["README.md"]})):
+            text = server.call_error(tool, **arguments)
+            assert "repository" in text, (tool, text)
+        assert not (tmp_path / "moved/docs/x.txt").exists()
+        job = server.wait_for("status", jobId=server.call("run_eval", taskId="unit", configId="c")["jobId"])
+        assert job["status"] == "FAILED" and "started" in job["reason"], job
+        assert server.call("canary_status", canaryId=canary)["status"] in ("RUNNING", "ROLLED_BACK")
+        (tmp_path / "moved").rename(server.repo)
+        assert server.call("write_file", path="docs/x.txt", contents="x")["size"] == 1
+        assert server.stop() == 0
         assert_whole(server)
 
 
