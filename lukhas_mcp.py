@@ -115,6 +115,9 @@ import marshal
 import os
 import sys
 
+if sys.platform == "win32" or sys.version_info < (3, 11):
+    sys.exit("LUKHAS MCP needs Linux or macOS and Python 3.11 or later; on Windows use WSL or Docker.")
+
 # CPython keeps the syntax tree of a script as long as the script runs, 55 MB for this one. So the compiled program is
 # handed, in memory, to a fresh image of this same process (its pid, files and flags), which never had that tree. Where
 # there is no memfd (only Linux has it), or under a debugger, it just goes on; `python -m lukhas_mcp` needs none of this.
@@ -217,7 +220,7 @@ __version__ = "2.0.0"
 
 __all__ = [
     # Ground
-    "Clock", "SystemClock", "new_id", "new_secret", "utc_text", "parse_utc", "to_json", "to_text", "parse_json",
+    "Clock", "SystemClock", "sync_file", "new_id", "new_secret", "utc_text", "parse_utc", "to_json", "to_text", "parse_json",
     # Errors
     "LukhasError", "ConfigError", "HttpError", "AccessError", "RpcError", "ToolError", "UpstreamError",
     # Vocabulary
@@ -378,7 +381,7 @@ log = logging.getLogger("lukhas")
 # ==============================================================================
 # 1. Ground -- time, ids and JSON text
 # uses: nothing
-# owns: clock, chance
+# owns: clock, chance, files
 # ==============================================================================
 
 
@@ -411,6 +414,18 @@ ID_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 def new_id(prefix: str) -> str:
     """`job_` and eight of [0-9a-z], as the original made its ids: 41 bits of chance."""
     return prefix + "_" + "".join(secrets.choice(ID_ALPHABET) for _ in range(8))
+
+
+def sync_file(descriptor: int) -> None:
+    """fsync to the medium: on macOS fsync itself stops at the drive's cache (fsync(2), F_FULLFSYNC)."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    try:
+        if full is not None:
+            fcntl.fcntl(descriptor, full)
+            return
+    except OSError:
+        pass  # a file system that knows no such call
+    os.fsync(descriptor)
 
 
 def new_secret() -> str:
@@ -4083,7 +4098,7 @@ def _append(path: str, text: str) -> None:
         is_torn = end > 0 and stream.read(1) != b"\n"
         stream.write((b"\n" if is_torn else b"") + text.encode("ascii"))
         stream.flush()
-        os.fsync(stream.fileno())
+        sync_file(stream.fileno())
 
 
 def read_checkpoints(path: str) -> list[Checkpoint]:
@@ -4547,7 +4562,7 @@ def _write_seal(path: str, zip_path: str, before_s: float, now_s: float, last: A
         with open(zip_path, "xb") as stream:
             summary = write_evidence(stream, path, span, now_s, through_id=last.audit_id)
             stream.flush()
-            os.fsync(stream.fileno())
+            sync_file(stream.fileno())
         with open(zip_path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
@@ -4590,11 +4605,11 @@ def back_up(path: str, to_path: str) -> LogReport:
 
 def _settle(begun: str, to_path: str, checkpoints: str) -> None:
     with open(begun, "rb") as stream:
-        os.fsync(stream.fileno())
+        sync_file(stream.fileno())
     with open(to_path + ".checkpoints", "w", encoding="ascii") as stream:
         stream.write(checkpoints)
         stream.flush()
-        os.fsync(stream.fileno())
+        sync_file(stream.fileno())
     os.replace(begun, to_path)
 
 
@@ -11301,7 +11316,7 @@ def _line_end_hint(expected: bytes, actual: bytes) -> str:
 
 # ==============================================================================
 # 42. Paths -- what a caller names, proven to lie below the root
-# uses: Errors, Glob
+# uses: Ground, Errors, Glob
 # owns: files
 # ==============================================================================
 # A path is first a text with rules, then a walk: each folder is opened from the descriptor of the one
@@ -11565,7 +11580,7 @@ def _step_into(folder: int, part: str, rel: str, *, create: bool) -> int:
         raise
     with contextlib.suppress(FileExistsError):
         os.mkdir(part, dir_fd=folder)
-        os.fsync(folder)
+        sync_file(folder)
     return os.open(part, _FOLDER_FLAGS, dir_fd=folder)
 
 
@@ -12080,7 +12095,7 @@ class Repository:
                                     os.stat(new_name, dir_fd=there, follow_symlinks=False)):
                 return False
             os.unlink(name, dir_fd=folder)
-            os.fsync(folder)
+            sync_file(folder)
         return True
 
     def sweep(self) -> int:
@@ -12147,7 +12162,7 @@ class Repository:
                 else:
                     _check_untouched(folder, name, change.rel, current)
                     os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-            os.fsync(folder)
+            sync_file(folder)
         return _written(change.rel, change, status, current)
 
     def _rename(self, change: Change) -> Written:
@@ -12164,15 +12179,15 @@ class Repository:
                     os.unlink(name, dir_fd=folder)  # two names of one file: rename would do nothing
                 else:
                     os.replace(name, new_name, src_dir_fd=folder, dst_dir_fd=new_folder)
-                os.fsync(new_folder)
-            os.fsync(folder)
+                sync_file(new_folder)
+            sync_file(folder)
         return _written(change.target, change, current.status, current)
 
     def _delete(self, change: Change) -> Written:
         with self.root.open_parent(change.rel) as (folder, name):
             current = _expect(folder, name, change.rel, change.old_sha256)
             os.unlink(name, dir_fd=folder)
-            os.fsync(folder)
+            sync_file(folder)
         return _written(change.rel, change, current.status, current)
 
 
@@ -12279,7 +12294,7 @@ def _temporary_file(folder: int, contents: bytes,
         _write_all(descriptor, contents)
         if like is not None:
             _take_mode(descriptor, like.status)
-        os.fsync(descriptor)
+        sync_file(descriptor)
         yield name, os.fstat(descriptor)
     finally:
         with contextlib.suppress(OSError):
@@ -13246,7 +13261,7 @@ def hold_index(folder: str, new: NextIndex) -> Iterator[Callable[[], None]]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             with open(descriptor, "wb", closefd=False) as stream:
                 stream.write(new.content)
-            os.fsync(descriptor)
+            sync_file(descriptor)
             with _linked_lock(mine, index) as place:
                 if _digest_of_file(index) != new.before:
                     raise Conflict("the index was changed by another git process just now; nothing was "
@@ -13268,7 +13283,7 @@ def _linked_lock(mine: str, index: str) -> Iterator[Callable[[], None]]:
         os.replace(lock, index)
         is_placed = True
         folder = os.open(os.path.dirname(index), os.O_RDONLY | os.O_DIRECTORY)
-        os.fsync(folder)
+        sync_file(folder)
         os.close(folder)
     try:
         os.link(mine, lock)
@@ -20009,7 +20024,7 @@ def _replace_file(path: str, content: bytes) -> None:
         with open(temporary, "wb") as stream:
             stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())
+            sync_file(stream.fileno())
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):

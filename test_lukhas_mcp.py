@@ -20903,6 +20903,66 @@ class TestFaults:
         assert_whole(server)
 
 
+#: Runs a program as a machine without any call that only Linux has, and with macOS's own fsync (here a harmless one).
+NO_LINUX = """
+import builtins, fcntl, importlib.util, os, sys
+del os.memfd_create
+fcntl.F_FULLFSYNC, calls, real, place = 9001, [], fcntl.fcntl, sys.argv[1]
+fcntl.fcntl = lambda fd, call, *rest: calls.append(fd) if call == fcntl.F_FULLFSYNC else real(fd, call, *rest)
+real_open = builtins.open
+def no_proc(name, *rest, **named):
+    if str(name).startswith("/proc"):
+        raise FileNotFoundError(2, "no such file", name)
+    return real_open(name, *rest, **named)
+builtins.open = no_proc
+sys.modules["uvloop"] = None
+spec = importlib.util.spec_from_file_location("lukhas_mcp", place)
+module = sys.modules["lukhas_mcp"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module._GUARD = module._GUARD.replace(".prctl(", ".no_such_call(").replace("/proc/self", "/no/proc")
+sys.argv = sys.argv[1:]
+code = module.main()
+print(f"full syncs: {len(calls)}")
+sys.exit(code)
+"""
+
+
+class TestOtherSystems:
+    """What is not Linux: every call that only Linux has is gone, and all goes on; Windows and old Pythons get a line."""
+
+    def test_without_linux(self, make_server: Callable[..., Server]) -> None:
+        mark = f"3{secrets.randbelow(10**6):06}.5"
+        server = make_server(command=[sys.executable, "-c", NO_LINUX], started=False, XDG_CACHE_HOME=None)
+        (server.repo / "lukhas.toml").write_text(
+            '[tasks.unit]\ncommand = ["true"]\nmetrics = "exit"\n'
+            f'[tasks.long]\ncommand = ["sh", "-c", "sleep {mark} & sleep {mark}"]\nmetrics = "exit"\n')
+        server.start()
+        server.call("write_file", path="docs/x.txt", contents="x")
+        server.call("git_commit", message="m", add=["docs/x.txt"])
+        assert [hit["title"] for hit in server.call("search", query="guide")["hits"]] != []
+        job = server.wait_for("status", jobId=server.call("run_eval", taskId="unit", configId="c")["jobId"])
+        assert job["status"] == "COMPLETED", job
+        server.call("run_eval", taskId="long", configId="c")
+        wait_until(lambda: count_processes(mark) >= 2, what="the long eval")
+        assert server.stop() == 0
+        assert int(re.search(r"full syncs: (\d+)", server.stdout)[1]) >= 5
+        wait_until(lambda: count_processes(mark) == 0, what="the end of its processes")
+        server.start()
+        server.call("run_eval", taskId="long", configId="c")
+        wait_until(lambda: count_processes(mark) >= 2, what="the long eval")
+        server.kill()
+        wait_until(lambda: count_processes(mark) == 0, what="the end of its processes after kill -9")
+        assert_whole(server)
+
+    @pytest.mark.parametrize("change", ["sys.platform = 'win32'", "sys.version_info = (3, 10, 13)"])
+    def test_windows_and_old_pythons_get_one_line(self, change: str) -> None:
+        code = (f"import runpy, sys; {change}; sys.modules['fcntl'] = sys.modules['tomllib'] = None\n"
+                "sys.argv = [sys.argv[1]]; runpy.run_path(sys.argv[0], run_name='__main__')")
+        done = subprocess.run([sys.executable, "-c", code, str(PROGRAM)], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1, done
+        assert "on Windows use WSL or Docker" in done.stderr and "3.11" in done.stderr
+
+
 class TestStartMisused:
     """What can't work stops the start with one line; what can be done without is said."""
 
