@@ -12354,9 +12354,10 @@ def _remove_abandoned(folder: int, name: str) -> bool:
 # pure
 # ==============================================================================
 # A query is its runs of letters and digits; everything else only parts them, and each is quoted, so no
-# sign of FTS5 gets through. Candidates come with a bm25; paths and defined names put them in order; the
-# first of them are read, and where rare words of the query meet closely decides the rest and is the
-# snippet. The weights were tuned on half of a set of queries with known answers and judged on the rest.
+# sign of FTS5 gets through. Candidates come with a bm25 and with what share of the query's neighbouring
+# words stand near each other; paths and defined names put them in order; the first of them are read, and
+# where rare words of the query meet closely decides the rest and is the snippet. The weights were tuned
+# on queries with known answers from some repositories and judged on others.
 
 _MAX_QUERY = 4000  # characters that are looked at
 _MAX_TERMS = 16
@@ -12371,9 +12372,10 @@ _CHUNK = re.compile(r"\w+")
 _PIECE = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+|[^\W_A-Za-z0-9]+")
 _PLAIN_WORD = re.compile(r"[^\W_]+")
 _SEPARATORS = re.compile(r"[/\\]+")
-_TEST_PATHS = re.compile(r"(^|/)(tests?|testing|__tests__|specs?|testdata)/|(^|/)(test_[^/]*|[^/]*_test\.[^/]*|"
-                    r"[^/]*\.(test|spec)\.[^/]*|conftest\.py)$")
-_STALE_PATHS = re.compile(r"(^|/)(archived?|archives|backups?|vendor|third_party|old|deprecated|quarantine|dist)/|\.bak$")
+_TEST_WORDS = frozenset("test tests testing spec specs testdata conftest".split())
+_STALE_WORDS = frozenset("archive archived archives backup backups bak vendor thirdparty old deprecated quarantine dist".split())
+_LOG_WORDS = frozenset("changelog changelogs changes history news whatsnew releases".split())
+_LOG_ENDINGS = (".md", ".rst", ".txt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -12454,6 +12456,11 @@ def ask_rare(query: Query, counts: Mapping[str, int], total: int) -> str:
     return " OR ".join(map(_quote, dict.fromkeys((rare + parts)[:_MAX_RARE])))
 
 
+def ask_near(first: str, second: str) -> str:
+    """The FTS5 expression for documents where two terms stand near each other."""
+    return f"NEAR({_quote(first)} {_quote(second)}, 6)"
+
+
 def weigh(query: Query, counts: Mapping[str, int], total: int) -> dict[str, float]:
     """How much each term tells: the rarer the more; the sum is 1."""
     weights = {word: math.log(1 + total / (counts.get(word, 0) + 0.5)) for word in query.terms}
@@ -12468,12 +12475,13 @@ def weigh(query: Query, counts: Mapping[str, int], total: int) -> dict[str, floa
 class Found:
     """A candidate; `bm25` is 0.0 for one that was found by its path or name only.
 
-    `names` are the keys of the query that it defines, with the line of the first; `score` is filled
-    in by the ranking.
+    `near` is the share of the query's neighbouring words that stand near each other in it. `names` are
+    the keys of the query that it defines, with the line of the first; `score` is filled in by the ranking.
     """
 
     path: str
     bm25: float = 0.0
+    near: float = 0.0
     names: frozenset[str] = frozenset()
     line: int = 0
     score: float = 0.0
@@ -12484,7 +12492,8 @@ def rank_by_name(query: Query, found: Iterable[Found]) -> list[Found]:
     found = list(found)
     top = max((one.bm25 for one in found), default=0.0) or 1.0
     for one in found:
-        one.score = 6.0 * one.bm25 / top + _score_names(query, one.names) + _score_path(query, one.path)
+        one.score = (3.0 * one.bm25 / top + 9.0 * one.near
+                     + _score_names(query, one.names) + _score_path(query, one.path))
     return sorted(found, key=lambda one: (-one.score, len(one.path), one.path))
 
 
@@ -12492,7 +12501,7 @@ def _score_names(query: Query, names: frozenset[str]) -> float:
     if not names:
         return 0.0
     return (20.0 * (query.whole in names) + 6.0 * (not query.strong.isdisjoint(names))
-            + 1.5 * (not names.isdisjoint(query.joined)))
+            + 1.0 * (not names.isdisjoint(query.joined)))
 
 
 def _score_path(query: Query, path: str) -> float:
@@ -12500,7 +12509,7 @@ def _score_path(query: Query, path: str) -> float:
         return _score_literal(query.literal, path.lower())
     folder, _, base = path.rpartition("/")
     in_base = _words_of(base)
-    in_path = _words_of(folder) | in_base
+    in_path = _words_of_folder(folder) | in_base
     covered = named = 0
     for word, parts in query.terms.items():
         if word in in_path or parts and in_path.issuperset(parts):
@@ -12508,13 +12517,20 @@ def _score_path(query: Query, path: str) -> float:
             named += word in in_base or bool(parts) and in_base.issuperset(parts)
     stem_words = len(_words_of(base.rpartition(".")[0])) if named else 1
     score = 14.0 * (covered / len(query.terms)) ** 4 + 3.5 * min(1.0, named / max(stem_words, 1))
-    score += _score_literal(query.literal, path.lower())
-    return score - (not query.asks_tests and bool(_TEST_PATHS.search(path))) - bool(_STALE_PATHS.search(path))
+    score -= (not query.asks_tests and not _TEST_WORDS.isdisjoint(in_path)) + (not _STALE_WORDS.isdisjoint(in_path))
+    if not _LOG_WORDS.isdisjoint(in_path) and (base.endswith(_LOG_ENDINGS) or "." not in base):
+        score -= 2.5  # it mentions everything that there is
+    return score + _score_literal(query.literal, path.lower())
 
 
 def _words_of(text: str) -> set[str]:
     """The words of a path, and the parts of those in camel case."""
     return {*map(str.lower, _PIECE.findall(text)), *_PLAIN_WORD.findall(text.lower())}
+
+
+@functools.lru_cache(2048)
+def _words_of_folder(folder: str) -> set[str]:
+    return _words_of(folder)
 
 
 def _score_literal(literal: str, path: str) -> float:
@@ -12537,8 +12553,8 @@ class Passage:
 
 
 _IS_WORD = tuple(byte >= 128 or chr(byte).isalnum() for byte in range(256))
-_MAX_PLACES = 60  # of one word: more do not find a better meeting
-_NEAR, _WIDE, _PAIR = 120, 300, 80  # bytes
+_MAX_PLACES = 40  # of one word: more do not find a better meeting
+_NEAR, _PAIR = 120, 80  # bytes
 
 
 def find_passage(text: bytes, weights: Mapping[str, float]) -> Passage | None:
@@ -12546,38 +12562,39 @@ def find_passage(text: bytes, weights: Mapping[str, float]) -> Passage | None:
 
     Bytes, since a text with one emoji in it takes four times as much memory as a str.
     """
-    places = sorted(_places(text, weights))
+    places = _places(text, weights)
     if not places:
         return None
-    near, at = _best_window(places, weights, _NEAR)
-    wide, _ = _best_window(places, weights, _WIDE)
-    words = list(weights)
-    score = 12.0 * near + 3.0 * wide + 4.0 * _share_of_pairs(places, words)
+    weight, at = _best_window(places, weights)
+    score = 6.0 * weight + 4.0 * _share_of_pairs(places, list(weights))
     return Passage(score, text.count(b"\n", 0, at), at - (text.rfind(b"\n", 0, at) + 1))
 
 
-def _places(text: bytes, words: Collection[str]) -> Iterator[tuple[int, str]]:
-    """(place, word) wherever a word begins like a term."""
+def _places(text: bytes, words: Collection[str]) -> list[tuple[int, str]]:
+    """(place, word) wherever a word begins like a term, in order."""
+    places = []
     for word in words:
         wanted = word.encode("utf-8", "replace")
-        at, kept, tried = text.find(wanted), 0, 0
-        while at >= 0 and kept < _MAX_PLACES and tried < 8 * _MAX_PLACES:
-            tried += 1
+        at, left, tries = text.find(wanted), _MAX_PLACES, 8 * _MAX_PLACES
+        while at >= 0 and left and tries:
+            tries -= 1
             if at == 0 or not _IS_WORD[text[at - 1]]:
-                kept += 1
-                yield at, word
+                left -= 1
+                places.append((at, word))
             at = text.find(wanted, at + len(wanted))
+    places.sort()
+    return places
 
 
-def _best_window(places: Sequence[tuple[int, str]], weights: Mapping[str, float], size: int) -> tuple[float, int]:
-    """The greatest weight of distinct words within `size` characters, and where that begins."""
+def _best_window(places: Sequence[tuple[int, str]], weights: Mapping[str, float]) -> tuple[float, int]:
+    """The greatest weight of distinct words within a few lines, and where that begins."""
     best, best_at, first, weight = 0.0, places[0][0], 0, 0.0
     inside: collections.Counter[str] = collections.Counter()
     for at, word in places:
         inside[word] += 1
         if inside[word] == 1:
             weight += weights[word]
-        while places[first][0] < at - size:
+        while places[first][0] < at - _NEAR:
             gone = places[first][1]
             inside[gone] -= 1
             if not inside[gone]:
@@ -12607,8 +12624,10 @@ def cut_snippet(text: str, line: int, column: int = 0) -> tuple[str, int]:
     while line < len(lines) - 1 and not lines[line].strip():
         line, column = line + 1, 0
     begin = max(0, column - 80) if column > 160 else 0
-    shown = "\n".join(row.rstrip()[begin:begin + 200] for row in lines[line:line + 3])
-    return "".join(char for char in shown if char.isprintable() or char in "\n\t")[:400].strip("\n"), line + 1
+    shown = "\n".join(row.rstrip()[begin:begin + 200] for row in lines[line:line + 3])[:400]
+    if not shown.replace("\n", "").replace("\t", "").isprintable():
+        shown = "".join(char for char in shown if char.isprintable() or char in "\n\t")
+    return shown.strip("\n"), line + 1
 
 
 # -- paths alone --------------------------------------------------------------
@@ -13854,6 +13873,7 @@ class Corpus:
         self.root = root
         self.own_files = tuple(own_files)
         self._git = git
+        self.is_open = functools.lru_cache(4096)(self._is_open)
         below = root.path.rstrip("/") + "/"
         self._own = tuple(path[len(below):] for path in map(os.path.abspath, own_files) if path.startswith(below))
 
@@ -13876,7 +13896,7 @@ class Corpus:
                 if stat.S_ISREG(status.st_mode):
                     yield path, status.st_ctime_ns, status.st_size
 
-    def is_open(self, path: str) -> bool:
+    def _is_open(self, path: str) -> bool:
         """Whether a path may be found at all."""
         if is_secret_path(path) or not self.root.is_listed(path, path.rpartition("/")[2]):
             return False
@@ -14277,7 +14297,8 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 """
 _DEAD, _NO_DOCUMENT, _PATH_ONLY, _TEXT = -1, 0, 1, 2  # docs.state; only the last two are found
 _WEIGHTS = "8.0, 5.0, 6.0, 2.5, 1.0"  # bm25 of path, title, symbols, head, body
-_ALL_LIMIT, _RARE_LIMIT, _NAME_LIMIT, _LITERAL_LIMIT = 90, 90, 30, 60
+_ALL_LIMIT, _RARE_LIMIT, _NEAR_LIMIT, _NAME_LIMIT, _LITERAL_LIMIT = 90, 90, 60, 30, 60
+_PAIR_LIMIT = 1000
 _HEAD_CHARACTERS = 1200
 _MAX_NAMES = 400  # of one file, and as many headings
 _TELL_S = 0.2
@@ -14586,11 +14607,15 @@ class IndexReader:
     def _gather(self, query: Query, counts: Mapping[str, int]) -> list[Found]:
         found: dict[str, Found] = {}
         if query.terms:
+            near = self._find_near([word for word in query.terms if counts[word]])
             first = self._match(ask_all(query, counts), _ALL_LIMIT)
             rare = ask_rare(query, counts, self.total) if len(first) < _NAME_LIMIT else ""
-            for path, bm25 in first + (self._match(rare, _RARE_LIMIT) if rare else []):
-                one = found.setdefault(path, Found(path))
+            for row, path, bm25 in first + (self._match(rare, _RARE_LIMIT) if rare else []):
+                one = found.setdefault(path, Found(path, near=near.pop(row, 0.0)))
                 one.bm25 = max(one.bm25, bm25)
+            for row, share in near.most_common(_NEAR_LIMIT):
+                for path, in self._all(f"SELECT path FROM docs WHERE id=? AND state >= {_PATH_ONLY}", row):
+                    found.setdefault(path, Found(path, near=share))
         for path, name, line in self._definitions(query):
             one = found.setdefault(path, Found(path))
             one.names |= {name}
@@ -14599,9 +14624,26 @@ class IndexReader:
             found.setdefault(path, Found(path))
         return list(found.values())
 
-    def _match(self, expression: str, limit: int) -> list[tuple[str, float]]:
-        return self._all(f"SELECT d.path, -bm25(fts, {_WEIGHTS}) AS score FROM fts JOIN docs d ON d.id = fts.rowid "
+    def _match(self, expression: str, limit: int) -> list[tuple[int, str, float]]:
+        return self._all(f"SELECT d.id, d.path, -bm25(fts, {_WEIGHTS}) AS score FROM fts JOIN docs d ON d.id = fts.rowid "
                          f"WHERE fts MATCH ? AND d.state >= {_PATH_ONLY} ORDER BY score DESC LIMIT ?", expression, limit)
+
+    def _find_near(self, words: Sequence[str]) -> collections.Counter[int]:
+        """By row, which share of the neighbouring words stand near each other there; the rarer such a pair, the more.
+
+        A pair that stands in very many documents is not looked for to its end, and tells nothing.
+        """
+        near: collections.Counter[int] = collections.Counter()
+        whole = 0.0
+        for pair in dict.fromkeys(zip(words, words[1:])):
+            rows = self._all("SELECT rowid FROM fts WHERE fts MATCH ? LIMIT ?", ask_near(*pair), _PAIR_LIMIT)
+            weight = math.log(1 + self.total / (len(rows) + 0.5))
+            whole += weight
+            for row, in rows if len(rows) < _PAIR_LIMIT else ():
+                near[row] += weight
+        for row in near:
+            near[row] /= whole
+        return near
 
     def _definitions(self, query: Query) -> Iterator[tuple[str, str, int]]:
         """(path, name, line) of what the query may name; a name that everybody defines tells nothing."""
@@ -14622,7 +14664,7 @@ class IndexReader:
 # others write is found by sweeps, which go on while there are searches; one that comes after a pause
 # waits for a sweep, a second at most. Without an index the paths alone are searched, and it is said so.
 
-_READ_FILES = 24  # of the candidates of one search
+_READ_FILES = 16  # of the candidates of one search
 _BY_PATH = 100  # candidates where there is no index
 _SCANNED_FILES = 400  # in a repository of no more, all are read as long as there is no index
 _READ_BYTES = 200_000  # of one file

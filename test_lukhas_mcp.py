@@ -10873,6 +10873,10 @@ class TestQuery:
         assert lm.ask_rare(query, {"common": 90, "rare": 80, "unknown": 0}, 100) == '"rare"'
         assert lm.ask_rare(query, dict.fromkeys(query.terms, 0), 100) == ""
 
+    def test_neighbours_are_looked_for_near_each_other(self):
+        with open_fts("alpha beta", "alpha " + "x " * 9 + "beta", "beta then alpha") as connection:
+            assert ask_fts(connection, lm.ask_near("alpha", "beta")) == [1, 3]
+
     def test_rare_words_weigh_more_and_all_weigh_one(self):
         weights = lm.weigh(lm.parse_query("common rare"), {"common": 90, "rare": 1}, 100)
         assert weights["rare"] > 3 * weights["common"] and sum(weights.values()) == pytest.approx(1)
@@ -10887,7 +10891,10 @@ class TestQuery:
         ("spend", lm.Found("b.py", names=frozenset({"spend"})), lm.Found("a.py", bm25=9.0)),
         ("take tokens", lm.Found("b.py", names=frozenset({"taketokens"})), lm.Found("a.py", bm25=9.0)),
         ("words", lm.Found("b.py", bm25=2.0), lm.Found("a.py", bm25=1.0)),
-        ("words", lm.Found("z.py"), lm.Found("vendor/y.py"))])
+        ("words", lm.Found("b.py", bm25=1.0, near=0.9), lm.Found("a.py", bm25=1.0, near=0.1)),
+        ("words", lm.Found("z.py"), lm.Found("vendor/y.py")),
+        ("fixed words", lm.Found("long/path/z.py", bm25=1.0), lm.Found("Changelog.rst", bm25=1.0)),
+        ("words", lm.Found("history.py"), lm.Found("longer/path/z.py"))])
     def test_names_and_paths_put_candidates_in_order(self, text, first, second):
         for found in ((first, second), (second, first)):
             assert rank(text, *found) == [first.path, second.path]
@@ -12086,6 +12093,19 @@ class TestIndex:
         ("docs/gui", "docs/guide.md"), ("buck", "src/limits.py"), ("bucket zebra", "src/limits.py")])
     def test_files_are_found_by_words_names_and_parts_of_paths(self, repo, tmp_path, text, path):
         assert path in paths_of(open_index(repo, tmp_path / "state"), text)
+
+    def test_candidates_tell_which_share_of_the_words_stands_together(self, repo, tmp_path):
+        put_files(repo, **{"far.txt": "tokens " + "x " * 20 + "bucket " + "x " * 20 + "spend"})
+        with contextlib.closing(lm.IndexReader(open_index(repo, tmp_path / "state").path)) as reader:
+            near = {one.path: one.near for one in reader.find(lm.parse_query("tokens bucket spend")).found}
+        assert near == {"src/limits.py": 1.0, "far.txt": 0.0}
+
+    def test_a_pair_of_words_that_stands_everywhere_tells_nothing(self, repo, tmp_path, monkeypatch):
+        put_files(repo, **{f"many{number}.txt": "okapi zebra" for number in range(5)}, **{"one.txt": "okapi zebra gnu"})
+        monkeypatch.setattr(lm, "_PAIR_LIMIT", 4)
+        with contextlib.closing(lm.IndexReader(open_index(repo, tmp_path / "state").path)) as reader:
+            near = {one.path: one.near for one in reader.find(lm.parse_query("okapi zebra gnu")).found}
+        assert near.keys() == {"one.txt"} and 0.5 < near["one.txt"] < 1.0
 
     def test_nothing_is_found_for_words_that_nothing_has(self, repo, tmp_path):
         assert paths_of(open_index(repo, tmp_path / "state"), "zzzz-nothing") == set()
