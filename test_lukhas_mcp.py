@@ -14467,6 +14467,23 @@ def gates_server(tmp_path_factory):
 class TestGateTools:
     """promote_model, gate_status, revert_promotion, freeze, unfreeze."""
 
+    def test_a_promotion_costs_the_same_after_thousands(self, tmp_path):
+        """Counted in steps of SQLite's machine: no statement walks through the past of its gate."""
+        steps = itertools.count()
+
+        async def story(services, call):
+            for connection in (services.store._connection, services.store._writing):
+                connection.set_progress_handler(lambda: next(steps) < 0, 10)
+
+            async def cost_of(model):
+                before = next(steps)
+                assert (await call("ada", "promote_model", modelId=model, gate="prod"))["changed"]
+                return next(steps) - before
+            few = [await cost_of(f"a{number}") for number in range(5)][-1]
+            await services.store.write(lambda tx: [tx.promote(f"b{number}", "prod") for number in range(3000)])
+            assert 0 < await cost_of("c") < 2 * few
+        undo_story(make_repository(tmp_path), story)
+
     def test_a_promotion_arrives_signed_and_is_taken_back_once(self, make_server):
         with Receiver(200) as receiver:
             server = start_gates(make_server, receiver)
