@@ -15214,6 +15214,7 @@ LEVELS = ("debug", "info", "notice", "warning", "error", "critical", "alert", "e
 ASKED_BY = {"elicitation/create": "elicitation", "sampling/createMessage": "sampling", "roots/list": "roots"}
 _STATE_S = 600.0  # how long a person may take
 _MAX_STATE = 65536
+_SPOOLED = 256  # messages of one answer, the last of which is never lost
 
 
 class InputRequired(RpcError):
@@ -15350,6 +15351,53 @@ class Outlet:
         """The client wants nothing more of this stream, which stays connected."""
         self.close()
         self.end()
+
+
+class Spool(Outlet):
+    """The outlet of a client that may come back for what it has not read (MCP 2025-11-25, resumability).
+
+    The newest messages are kept under their numbers. The POST is connection 0; a later one reads on from
+    any number and takes the place of the one before.
+    """
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.key = key
+        self.connection = 0
+        self._kept: collections.deque[tuple[int, dict[str, Any]]] = collections.deque(maxlen=_SPOOLED)
+        self._count = 0
+
+    @property
+    def waiting(self) -> int:
+        return len(self._kept)
+
+    def send(self, message: dict[str, Any], subject: Any = None) -> None:
+        """Hand over a message, whether anyone reads now or not."""
+        if not self.is_ended:
+            self._count += 1
+            self._kept.append((self._count, message))
+            self._wake.set()
+
+    def let_go(self) -> None:
+        """End the connection that reads now; nothing else ends."""
+        self.connection += 1
+        self._wake.set()
+
+    async def ready(self) -> None:
+        while not (self._kept or self.is_ended or self.connection):
+            self._wake.clear()
+            await self._wake.wait()
+
+    async def take_after(self, number: int, connection: int) -> list[tuple[int, dict[str, Any]]]:
+        """At least one message after a number; none when the stream is over or another connection reads it."""
+        while connection == self.connection:
+            if found := [one for one in self._kept if one[0] > number]:
+                return found
+            if self.is_ended:
+                break
+            self._wake.clear()
+            await self._wake.wait()
+        return []
 
 
 class LiveExchange(Exchange):
@@ -15494,6 +15542,7 @@ _PERSON_S = 600.0  # how long a person may take to answer
 _SESSION_IDLE_S = 3600.0
 _MAX_SESSIONS = 1024
 _MAX_OF_ONE = 256  # sessions of one key
+_MAX_SPOOLS = 8  # streams of one session that can be resumed
 MAX_SUBSCRIPTIONS = 1000
 _MAX_URI = 8192
 #: Steps with which an entity first appears, so that resources/list has changed.
@@ -15648,6 +15697,13 @@ class Session:
     requests: dict[Any, LiveExchange | Outlet] = field(default_factory=dict)
     asked: dict[str, asyncio.Future[dict[str, Any]]] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
+    spools: dict[str, Spool] = field(default_factory=dict)
+
+    def keep(self, spool: Spool) -> None:
+        """Let the client come back for this stream, until it has had some newer ones."""
+        self.spools[spool.key] = spool
+        while len(self.spools) > _MAX_SPOOLS:
+            del self.spools[next(iter(self.spools))]
 
     async def ask(self, outlet: Outlet, request: dict[str, Any]) -> dict[str, Any]:
         """Send the client a request on the stream of its own one; its result. Raises Unavailable."""
@@ -18654,6 +18710,7 @@ class Revision:
     has_completions: bool = True
     has_titles: bool = True
     new_words: frozenset[str] = frozenset()
+    has_resuming: bool = False
     blocks: frozenset[str] = frozenset(("text", "image", "resource", "audio", "resource_link"))
     missing_code: int = -32002  # of a resource that is not there
 
@@ -18677,7 +18734,7 @@ REVISIONS = {one.name: one for one in (
     Revision("2025-03-26", has_batches=True, has_structured=False, has_titles=False, new_words=_SINCE_06_18,
              blocks=frozenset(("text", "image", "resource", "audio"))),
     Revision("2025-06-18"),
-    Revision("2025-11-25"),
+    Revision("2025-11-25", has_resuming=True),
     Revision("2026-07-28", is_modern=True, missing_code=-32602),
 )}
 NEWEST_LEGACY = "2025-11-25"
@@ -18980,7 +19037,8 @@ def _meet(services: Services, peer: Peer, name: str, params: dict[str, Any]) -> 
         peer.origin = {"client": session.client, "session": session.session_id[:8], "request": peer.request_id}
         can_be_told = token is not None or session.level or {"elicitation", "sampling", "roots"} & set(session.capabilities)
         if can_be_told and peer.context.can_stream:
-            peer.client = SessionExchange(Outlet(), session, token)
+            can_resume = peer.revision.has_resuming and session is not peer.context.line
+            peer.client = SessionExchange(Spool(str(next(session.numbers))) if can_resume else Outlet(), session, token)
     elif token is not None:
         peer.client = LiveExchange(Outlet(), {}, token, None)
 
@@ -19066,6 +19124,8 @@ async def _run_live(services: Services, peer: Peer, handler: Method, name: str, 
     await outlet.ready()
     if outlet.is_ended and outlet.waiting <= 1:
         return await task
+    if isinstance(outlet, Spool):
+        peer.session.keep(outlet)
     return RpcAnswer(200, outlet=outlet)
 
 
@@ -19695,16 +19755,20 @@ async def route_mcp(services: Services, request: Request) -> Response:
                          charge=_make_charge(services, request) if request.quota else None)
     found = await answer(services, context, request.body)
     if found.outlet is not None:
-        return _message_response(services, found.outlet, (request.principal.name, "*"), found.outlet.close)
+        owners, outlet = (request.principal.name, "*"), found.outlet
+        return _stream_of_messages(SpoolStream(services.notices, outlet, owners) if isinstance(outlet, Spool) else
+                                   MessageStream(services.notices, outlet, owners, outlet.close))
     if found.document is None:
         return Response(found.status)
     return json_response(found.document, found.status, list(found.headers))
 
 
-def _message_response(services: Services, outlet: Outlet, owners: tuple[str, ...],
-                      close: Callable[[], None]) -> Response:
+_EVENT_ID = re.compile("([0-9]{1,9})-([0-9]{1,9})")  # of a stream, and of an event in it
+
+
+def _stream_of_messages(stream: MessageStream) -> Response:
     headers = [("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")]
-    return Response(200, headers, b"", "text/event-stream", MessageStream(services.notices, outlet, owners, close))
+    return Response(200, headers, b"", "text/event-stream", stream)
 
 
 class MessageStream:
@@ -19738,6 +19802,31 @@ class MessageStream:
         self._stack.close()
 
 
+class SpoolStream(MessageStream):
+    """One connection to a spool; an event without data comes first, so that the client can go on from there."""
+
+    def __init__(self, notices: Notices, spool: Spool, owners: tuple[str, ...], after: int = 0,
+                 connection: int = 0):
+        super().__init__(notices, spool, owners, lambda: None)
+        self._spool, self._after, self._connection = spool, after, connection
+        self._is_begun = False
+
+    async def __anext__(self) -> bytes:
+        if not self._is_begun:
+            self._is_begun = True
+            return b"retry: 2000\nid: %s-%d\ndata: \n\n" % (self._spool.key.encode("ascii"), self._after)
+        try:
+            async with asyncio.timeout(HEARTBEAT_S):
+                found = await self._spool.take_after(self._after, self._connection)
+        except TimeoutError:
+            return b": keep-alive\n\n"
+        if not found:
+            raise StopAsyncIteration
+        self._after = found[-1][0]
+        return b"".join(b"id: %s-%d\nevent: message\ndata: %s\n\n" % (self._spool.key.encode("ascii"), number, to_json(message))
+                        for number, message in found)
+
+
 @route("GET", "/mcp", access="viewer", cost=1, is_plain=True)
 async def route_mcp_stream(services: Services, request: Request) -> Response:
     """The stream of messages that the server sends of itself; a client of the modern era has none."""
@@ -19749,8 +19838,13 @@ async def route_mcp_stream(services: Services, request: Request) -> Response:
         return _stream_response(services, request, Topics(("mcp",)), 0)
     session = _open_session(services, request)
     check_streams(services, request.principal.name)
-    return _message_response(services, session.listener.outlet, (request.principal.name, session.session_id, "*"),
-                             lambda: None)
+    owners = (request.principal.name, session.session_id, "*")
+    last = _EVENT_ID.fullmatch(request.headers.get("last-event-id", ""))
+    spool = session.spools.get(last[1]) if last else None
+    if spool is None:
+        return _stream_of_messages(MessageStream(services.notices, session.listener.outlet, owners, lambda: None))
+    spool.let_go()
+    return _stream_of_messages(SpoolStream(services.notices, spool, owners, int(last[2]), spool.connection))
 
 
 @route("HEAD", "/mcp", access="viewer", cost=1)
