@@ -3043,8 +3043,10 @@ class LedgerReads:
     def gates_of(self, model_id: str) -> list[str]:
         return [row[0] for row in self._all("SELECT gate FROM model_gates WHERE model_id=? ORDER BY rowid", model_id)]
 
-    def models_at(self, gate: str) -> list[str]:
-        return [row[0] for row in self._all("SELECT model_id FROM model_gates WHERE gate=? ORDER BY rowid", gate)]
+    def models_at(self, gate: str, limit: int = 1000) -> list[str]:
+        """The newest models that hold the gate, oldest first."""
+        rows = self._all("SELECT model_id FROM model_gates WHERE gate=? ORDER BY rowid DESC LIMIT ?", gate, limit)
+        return [row[0] for row in reversed(rows)]
 
     def known_gates(self) -> list[str]:
         """Every gate that a model holds or a canary aimed at."""
@@ -3357,6 +3359,7 @@ CREATE INDEX IF NOT EXISTS canaries_by_key ON canaries (idempotency_key) WHERE i
 CREATE INDEX IF NOT EXISTS metrics_by_canary ON canary_metrics (canary_id, id);
 CREATE INDEX IF NOT EXISTS narrative_by_entity ON audits_narrative (entity_id);
 CREATE INDEX IF NOT EXISTS gates_by_name ON model_gates (gate);
+CREATE INDEX IF NOT EXISTS models_by_time ON models (promoted_at);
 """
 _COLUMNS = {
     "jobs": ("reason TEXT", "actor TEXT", "idempotency_key TEXT", "progress_json TEXT", "model_id TEXT"),
@@ -18135,9 +18138,10 @@ async def tool_gate_status(services: Services, call: Call) -> dict[str, Any]:
 def describe_gate(services: Services, gate: str) -> dict[str, Any]:
     """The document of a gate. Raises NotFound for one that neither the operator nor any model names."""
     store, limits = services.store, services.plan.gates.get(gate)
-    known = {*store.known_gates(), *store.held_gates(), *services.plan.gates}
-    if gate not in known:
-        raise NotFound(f"Unknown gate: {gate}{name_nearest(gate, known)}")
+    if gate not in services.plan.gates and not store.was_held(gate):
+        known = {*store.known_gates(), *services.plan.gates}
+        if gate not in known:
+            raise NotFound(f"Unknown gate: {gate}{name_nearest(gate, known)}")
     active = store.list_canaries(50, (CanaryStatus.RUNNING, CanaryStatus.PAUSED), gate)
     history = store.load_promotions(gate)
     stack = stack_holders(history)
