@@ -17593,6 +17593,35 @@ class TestStdio:
             found = json.loads(client.call("canary_status", canaryId=canary["canaryId"])["content"][0]["text"])
             assert found["status"] == "RUNNING", "what was under way goes on"
 
+    def test_whoever_is_left_drives_after_kill_9(self, make_server):
+        server = make_server(started=False)
+        (server.repo / "lukhas.toml").write_text(PLAN)
+        server.start()
+        with LineClient(server) as client:
+            client.greet()
+            def tell(tool: str, **arguments: Any) -> dict[str, Any]:
+                return json.loads(client.call(tool, **arguments)["content"][0]["text"])
+            client.send(call_message("run_eval", {"taskId": "steps", "configId": "ci"}, "t", "eval"))
+            document = client.until(lambda message: message.get("id") == "eval")["result"]["structuredContent"]
+            assert document["status"] == "COMPLETED", "progress and the end come from the process that drives"
+            assert [one["params"]["progress"] for one in client.seen if one.get("method") == "notifications/progress"][-1] == 3
+            canary_id = tell("start_canary", **CANARY_START)["canaryId"]
+            job_id = server.call("run_eval", taskId="long", configId="ci")["jobId"]
+            wait_until(lambda: tell("status", jobId=job_id)["status"] == tell("canary_status", canaryId=canary_id)["status"] == "RUNNING")
+            server.kill()
+            ended = wait_until(lambda: (found := tell("status", jobId=job_id))["status"] != "RUNNING" and found)
+            assert ended["status"] == "FAILED" and "interrupted" in ended["reason"]
+            assert tell("canary_status", canaryId=canary_id)["status"] == "RUNNING", "what was under way goes on"
+            server.start()
+            assert str(client.process.pid) in server.request("GET", "/readyz").text, "it is clear who drives"
+            own = tell("run_eval", taskId="long", configId="ci")["jobId"]
+            wait_until(lambda: server.call("status", jobId=own)["status"] == "RUNNING")
+            client.process.kill()
+            wait_until(lambda: server.call("status", jobId=own)["status"] == "FAILED")
+        assert server.call("abort_canary", canaryId=canary_id)["status"] == "ROLLED_BACK"
+        last = server.call("run_eval", taskId="steps", configId="ci")["jobId"]
+        assert server.wait_for("status", jobId=last)["status"] == "COMPLETED"
+
 
 # ==============================================================================
 # 81. Console -- status --wait, replay and backtest from the command line
