@@ -15551,7 +15551,9 @@ _MAX_URI = 8192
 #: Steps with which an entity first appears, so that resources/list has changed.
 _FIRST_STEPS = frozenset((("job", "queued"), ("job", "dry_run"), ("canary", "queued"), ("canary", "started"),
                           ("model", "promoted")))
-_GATE_KEYS = ("gate", "fromGate", "toGate")
+#: Keys under which an event names further resources that show what it tells.
+_PARTS = {"gate": "gate", "fromGate": "gate", "toGate": "gate", "modelId": "model"}
+_FREEZING = ("freeze", "unfreeze")  # which every gate shows
 
 
 def entity_uri(kind: str, entity_id: str) -> str:
@@ -15571,7 +15573,7 @@ def _touched(event: Event) -> Iterator[tuple[str, str]]:
     """The resources that an event has changed."""
     if event.kind != "audit":
         yield event.kind, event.entity_id
-        yield from {("gate", event.body[key]) for key in _GATE_KEYS if event.body.get(key)}
+        yield from {(kind, event.body[key]) for key, kind in _PARTS.items() if event.body.get(key)}
         return
     for entity_id in event.body.get("ids", ()):
         yield "audit", entity_id
@@ -15609,7 +15611,8 @@ class Listener:
 
     def hear(self, event: Event) -> None:
         """Tell of an event what this client wants to know."""
-        for place in _touched(event) if self.uris else ():
+        is_freezing = event.kind == "audit" and event.step in _FREEZING
+        for place in [one for one in self.uris if one[0] == "gate"] if is_freezing else _touched(event) if self.uris else ():
             if uri := self.uris.get(place):
                 self.tell("notifications/resources/updated", uri, uri=uri)
         if (event.kind, event.step) in _FIRST_STEPS:

@@ -12838,7 +12838,10 @@ class TestSessions:
 
     @pytest.mark.parametrize(("heard", "uris"), [
         (event("job", "j", "running"), {"lukhas://job/j"}),
-        (event("canary", "c", "metric", toGate="prod", fromGate="stage"), {"lukhas://canary/c", "lukhas://gate/prod", "lukhas://gate/stage"}),
+        (event("canary", "c", "metric", toGate="prod", fromGate="stage", modelId="m"),
+         {"lukhas://canary/c", "lukhas://gate/prod", "lukhas://gate/stage", "lukhas://model/m"}),
+        (event("audit", "9", "freeze", ids=["freeze"]), {"lukhas://gate/prod", "lukhas://gate/stage"}),
+        (event("audit", "9", "unfreeze", ids=["freeze"]), {"lukhas://gate/prod", "lukhas://gate/stage"}),
         (event("model", "m", "promoted", gate="prod"), {"lukhas://model/m", "lukhas://gate/prod"}),
         (event("audit", "7", "run_eval", ids=["j"]), {"lukhas://audit/j"}),
         (event("audit", "8", "file_create", ids=["docs/a.md"]), {"lukhas://audit/docs/a.md", "lukhas://file/docs/a.md"})])
