@@ -314,7 +314,7 @@ __all__ = [
     # Staging
     "NextIndex", "TreeBuilder", "CommitHooks", "check_message", "hold_index", "clear_index_lock", "is_lock_held",
     # Commits
-    "Commits", "PreparedCommit",
+    "Commits", "PreparedCommit", "list_trunk", "check_out",
     # History
     "read_status", "read_log", "read_diff", "read_commit", "read_old_file",
     # Corpus
@@ -1079,6 +1079,8 @@ class Config:
                         "power cut", choices=("full", "normal"))
     journal: str = setting("wal", "LUKHAS_MCP_JOURNAL", "SQLite's journal; delete for network file systems",
                            choices=("wal", "delete"))
+    eval_source: str = setting("tree", "LUKHAS_MCP_EVAL_SOURCE", "what evals run on: the work tree, or (head) a clean "
+                               "checkout of the last commit that was made outside this server", choices=("tree", "head"))
     read_only: bool = setting(False, "LUKHAS_MCP_READ_ONLY", "take every tool that changes something out of the list")
     key_in_url: bool = setting(False, "LUKHAS_MCP_KEY_IN_URL", "accept ?key= on POST /mcp too")
     allow_anonymous: bool = setting(False, "LUKHAS_MCP_ALLOW_ANONYMOUS", "allow a public bind address without keys")
@@ -1322,7 +1324,11 @@ HOOK_MOMENTS = ("onStart", "onPromote", "onRollback")
 
 @dataclass(frozen=True)
 class Task:
-    """`[tasks.NAME]`: a command that really runs."""
+    """`[tasks.NAME]`: a command that really runs.
+
+    The `max_...` bound each of its processes. None is set by default: an honest program may reserve far more
+    memory than it uses, and processes are counted over all that this user runs.
+    """
 
     name: str
     command: tuple[str, ...] = ()
@@ -1333,6 +1339,17 @@ class Task:
     score: str = ""
     threshold: float | None = None
     env: Mapping[str, str] = field(default_factory=dict)
+    max_memory_mb: int | None = None
+    max_file_mb: int | None = None
+    max_open_files: int | None = None
+    max_processes: int | None = None
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The bounds by the names of setrlimit(2), in its units."""
+        given = {"AS": self.max_memory_mb, "FSIZE": self.max_file_mb, "NOFILE": self.max_open_files,
+                 "NPROC": self.max_processes}
+        return {name: value << 20 if name in ("AS", "FSIZE") else value for name, value in given.items() if value}
 
 
 @dataclass(frozen=True)
@@ -3095,6 +3112,12 @@ class LedgerReads:
         """The newest notification of one cause to one hook."""
         row = self._one(f"SELECT {_DELIVERY} FROM outbox WHERE cause=? AND hook=? ORDER BY id DESC LIMIT 1", cause, hook)
         return _to_delivery(row) if row else None
+
+    def is_own_commit(self, commit: str) -> bool:
+        """Whether a commit was made by a tool of this server."""
+        return bool(self.find_switch(f"commit {commit}") or self._one(
+            "SELECT 1 FROM audit_links l JOIN audits a ON a.id=l.audit_id WHERE l.entity_id=? AND a.action='file_commit'",
+            commit))
 
     def find_switch(self, name: str) -> dict[str, Any] | None:
         """What a switch was set to; None: it is off."""
@@ -9106,19 +9129,33 @@ for fd in map(int, os.listdir("/dev/fd")):
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
 try:
+    with open("/proc/self/oom_score_adj", "w") as score:
+        score.write("500")  # where memory runs out, this goes before the server
+except OSError:
+    pass  # no Linux
+try:
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans become children of the guard
 except (OSError, AttributeError):
     pass  # no Linux
+started = _thread.allocate_lock()
+def tell():
+    with started:
+        os.write(reports, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(group, 0)[1]))
 try:
+    started.acquire()
+    _thread.start_new_thread(tell, ())  # before the limits, one of which counts threads
+    for name, value in (limit.split("=") for limit in sys.argv[4].split()):
+        kind = getattr(resource, "RLIMIT_" + name)
+        hard = resource.getrlimit(kind)[1]
+        value = int(value) if hard == resource.RLIM_INFINITY else min(int(value), hard)
+        resource.setrlimit(kind, (value, value))
     usual = (signal.SIGPIPE, signal.SIGXFSZ)
-    group = os.posix_spawnp(sys.argv[4], sys.argv[4:], os.environ, setpgroup=0, setsigdef=usual)
+    group = os.posix_spawnp(sys.argv[5], sys.argv[5:], os.environ, setpgroup=0, setsigdef=usual)
 except (OSError, ValueError) as error:
     os.write(reports, b"! %s\n" % (getattr(error, "strerror", None) or str(error)).encode())
     sys.exit()
 os.write(reports, b"%d\n" % group)
-def tell():
-    os.write(reports, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(group, 0)[1]))
-_thread.start_new_thread(tell, ())
+started.release()
 for fd in (1, 2):
     os.dup2(0, fd)  # the end of the output is then the end of the group
 def kill(send, number, to):
@@ -9165,11 +9202,13 @@ class ProcessGroup:
 
     @classmethod
     async def start(cls, command: Sequence[str], *, folder: str, environ: Mapping[str, str],
-                    on_output: Callable[[bytes], None], cpu_limit_s: float, given: bytes = b"") -> ProcessGroup:
+                    on_output: Callable[[bytes], None], cpu_limit_s: float, given: bytes = b"",
+                    limits: Mapping[str, int] = {}) -> ProcessGroup:
         """Run a command in a folder with exactly these variables; `given` is its input, at most 4 KiB.
 
         `on_output` gets stdout and stderr as they come. `cpu_limit_s` bounds one process: it ends
-        what has left the group and was forgotten. Raises OSError.
+        what has left the group and was forgotten. `limits` are further ones by the names of setrlimit(2).
+        Raises OSError.
         """
         group = cls(on_output)
         entrance, entry = os.pipe()
@@ -9181,7 +9220,7 @@ class ProcessGroup:
             os.write(entry, given)
             group._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-S", "-c", _GUARD, str(orders), str(reports),
-                str(math.ceil(cpu_limit_s)), *command, cwd=folder, env=dict(environ),
+                str(math.ceil(cpu_limit_s)), " ".join(f"{name}={value}" for name, value in limits.items()), *command, cwd=folder, env=dict(environ),
                 stdin=entrance, stdout=output, stderr=output,
                 pass_fds=(orders, reports), start_new_session=True)
         finally:
@@ -10258,7 +10297,7 @@ class CommandAttempt:
         try:
             self._group = await ProcessGroup.start(
                 command, folder=self._root, environ={**environ, **chosen, **own}, on_output=self._take,
-                cpu_limit_s=self._task.timeout_seconds * (os.cpu_count() or 1) + 60)
+                cpu_limit_s=self._task.timeout_seconds * (os.cpu_count() or 1) + 60, limits=self._task.limits)
         except OSError:
             self._output.close()
             raise
@@ -10417,12 +10456,13 @@ class JobRunner:
     """Runs evals, a few at a time, the others in the order they came.
 
     `endpoint` is to be set when this process listens; until then the built-in evals skip HTTP.
+    `check_out` fills a folder for a task to run in, instead of the repository, and names its commit.
     `environ` is what children inherit. Raises ConfigError for a task that can't be meant.
     """
 
     def __init__(self, store: Store, clock: Clock, config: Config, plan: Plan,
                  builtins: Mapping[str, Builtin] = BUILTINS, *, environ: Mapping[str, str] | None = None,
-                 brakes: Brakes | None = None):
+                 brakes: Brakes | None = None, check_out: Callable[[str], Awaitable[str]] | None = None):
         for task in plan.tasks.values():
             check_task(task)
         self.endpoint: Endpoint | None = None
@@ -10434,11 +10474,14 @@ class JobRunner:
         self._brakes = brakes or Brakes(store, clock)
         self._builtins = builtins
         self._folder = os.path.join(config.state_dir, "jobs")
+        self._sources = os.path.join(config.state_dir, "sources")
+        self._check_out = check_out
         self._runs: dict[str, _Run] = {}
         self._early: set[str] = set()  # asked for while this process was still taking over
         self._wake = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
         self._is_stopping = False
+        self.is_finishing = False  #: no further eval is taken; what was taken is run to its end
 
     # -- what tools call --
 
@@ -10451,7 +10494,7 @@ class JobRunner:
         A task or config that nothing defines gets a job too, which fails at once and says why.
         Unavailable when too many wait.
         """
-        if self._is_stopping:
+        if self._is_stopping or self.is_finishing:
             raise Unavailable("the server stops and takes no further evals; ask again when it is back")
         status = JobStatus.DRY_RUN if is_dry_run else JobStatus.QUEUED
         problem = self._find_problem(task_id, config_id)
@@ -10465,12 +10508,12 @@ class JobRunner:
                 _check_same(known, task_id, config_id, is_dry_run, model_id)
                 return known, False
             if not is_dry_run and not problem:
-                self._check_room(tx)
+                _check_room(tx, self._config.max_queued_jobs)
             job = Job(job_id, task_id, config_id, status, tx.now, tx.now, actor=actor.name,
                       idempotency_key=idempotency_key, model_id=model_id)
             tx.insert_job(job)
-            sentence = self._tell_plan(job, problem) if is_dry_run else f"{_name(job)} is queued"
-            self._note(tx, job, "run_eval", sentence, actor, input)
+            sentence = _tell_plan(job, self._plan.tasks.get(task_id), problem) if is_dry_run else f"{_name(job)} is queued"
+            _note(tx, job, "run_eval", sentence, actor, input)
             return job, True
 
         job, is_new = await self._store.write(work)
@@ -10494,7 +10537,7 @@ class JobRunner:
             if moved is None:
                 return job
             given = {"jobId": job_id} | ({"reason": reason} if reason else {})
-            self._note(tx, moved, "cancel_job", f"{_name(moved)} was cancelled by {actor.name}", actor, given)
+            _note(tx, moved, "cancel_job", f"{_name(moved)} was cancelled by {actor.name}", actor, given)
             return moved
 
         job = await self._brakes.pull(job_id, "cancel", work)
@@ -10526,8 +10569,15 @@ class JobRunner:
 
     async def start(self) -> None:
         """Take over: what another process left under way has failed, then evals are run."""
+        await asyncio.to_thread(shutil.rmtree, self._sources, ignore_errors=True)
         await self._interrupt(self._early)
         self._driver = asyncio.create_task(self._drive())
+
+    async def finish(self) -> None:
+        """Take no further eval, and wait for the end of all that were taken."""
+        self.is_finishing = True
+        while self._runs or self._store.list_jobs(1, _UNDER_WAY):
+            await self._clock.sleep(_TICK_S)
 
     async def stop(self) -> None:
         """End what runs, with all its processes; it and what waits has failed as interrupted."""
@@ -10594,6 +10644,13 @@ class JobRunner:
             self._wake.set()
 
     async def _attend(self, run: _Run) -> None:
+        try:
+            await self._lead(run)
+        finally:
+            if self._check_out:
+                await asyncio.to_thread(shutil.rmtree, os.path.join(self._sources, run.job.job_id), ignore_errors=True)
+
+    async def _lead(self, run: _Run) -> None:
         job = run.job
         problem = self._find_problem(job.task_id, job.config_id)
         if problem:
@@ -10605,9 +10662,9 @@ class JobRunner:
         task = self._plan.tasks.get(job.task_id)
         limit_s = task.timeout_seconds if task else BUILTIN_TIMEOUT_S
         try:
-            attempt = await self._begin(job, task)
-        except OSError as error:
-            await self._end(job, JobStatus.FAILED, f"it can't be started: {error}")
+            attempt, source = await self._begin(job, task)
+        except (OSError, ToolError) as error:
+            await self._end(job, JobStatus.FAILED, f"it can't be started: {getattr(error, 'message', error)}")
             return
         started_s = self._clock.monotonic_s()
         try:
@@ -10620,17 +10677,22 @@ class JobRunner:
         if is_late:
             status, reason = JobStatus.TIMED_OUT, f"it took longer than {limit_s:g} s"
         await self._report(run, await attempt.read(is_last=True))
-        await self._end(job, status, reason, {"taskId": job.task_id, "configId": job.config_id, **found})
+        await self._end(job, status, reason, {"taskId": job.task_id, "configId": job.config_id, **found, **source})
 
-    async def _begin(self, job: Job, task: Task | None) -> Attempt:
+    async def _begin(self, job: Job, task: Task | None) -> tuple[Attempt, dict[str, str]]:
+        """The attempt, and the commit that it runs on where it is not the work tree."""
         if task is None:
             context = ProbeContext(job.job_id, self._store, self._config, self._clock, self.endpoint)
-            return BuiltinAttempt(self._builtins[job.task_id], context)
-        folder = os.path.join(self._folder, job.job_id)
-        command = CommandAttempt(task, self._config.repo_root, folder, self._clock.now_s())
-        environ = self._environ | ({"LUKHAS_EVAL_MODEL": job.model_id} if job.model_id else {})
+            return BuiltinAttempt(self._builtins[job.task_id], context), {}
+        root, source, environ = self._config.repo_root, {}, dict(self._environ)
+        if self._check_out:
+            root = os.path.join(self._sources, job.job_id)
+            source["commit"] = environ["LUKHAS_EVAL_COMMIT"] = await self._check_out(root)
+        if job.model_id:
+            environ["LUKHAS_EVAL_MODEL"] = job.model_id
+        command = CommandAttempt(task, root, os.path.join(self._folder, job.job_id), self._clock.now_s())
         await command.start(self._plan.configs.get(job.config_id) or EvalConfig(job.config_id), environ)
-        return command
+        return command, source
 
     async def _follow(self, run: _Run, attempt: Attempt, deadline_s: float) -> bool:
         """Tell its progress until it ends, is halted or is late; whether it is late."""
@@ -10682,20 +10744,10 @@ class JobRunner:
         def work(tx: Transaction) -> Job | None:
             moved = tx.move_job(job.job_id, from_statuses, status=status, **columns)
             if moved is not None:
-                self._note(tx, moved, action, sentence, SYSTEM_ACTOR)
+                _note(tx, moved, action, sentence, SYSTEM_ACTOR)
             return moved
 
         return await self._store.write(work)
-
-    def _note(self, tx: Transaction, job: Job, action: str, sentence: str, actor: Actor,
-              given: Mapping[str, Any] | None = None) -> None:
-        """The audit row and the event of a state that the job has just reached."""
-        body = _body(job)
-        ids = (job.job_id, job.model_id) if job.model_id else (job.job_id,)
-        tx.record(AuditRecord(actor, action, ids, sentence, body, given, "job"))
-        tx.publish("job", job.job_id, str(job.status).lower(), body | {"narrative": sentence})
-
-    # -- what can be run --
 
     def _find_problem(self, task_id: str, config_id: str) -> str:
         """Why this task can't be run with this config, or nothing."""
@@ -10705,18 +10757,6 @@ class JobRunner:
         if self._plan.configs and config_id not in self._plan.configs:
             return f"no config {config_id} is defined; known: {', '.join(sorted(self._plan.configs))}"
         return ""
-
-    def _tell_plan(self, job: Job, problem: str) -> str:
-        task = self._plan.tasks.get(job.task_id)
-        limit_s = task.timeout_seconds if task else BUILTIN_TIMEOUT_S
-        return f"dry run of {_name(job)}: " + (f"it would fail, {problem}" if problem
-                                               else f"it would run for {limit_s:g} s at most")
-
-    def _check_room(self, tx: Transaction) -> None:
-        limit = self._config.max_queued_jobs
-        if len(tx.list_jobs(limit, (JobStatus.QUEUED,))) >= limit:
-            raise Unavailable(f"{limit} evals wait already, as many as LUKHAS_MCP_MAX_QUEUED_JOBS allows; "
-                              "ask again when some have ended, or cancel some")
 
 
 def pass_on(runner: JobRunner, event: Event) -> None:
@@ -10729,6 +10769,26 @@ def pass_on(runner: JobRunner, event: Event) -> None:
 
 _UNDER_WAY = (JobStatus.QUEUED, JobStatus.RUNNING)
 _ENDINGS = {JobStatus.COMPLETED: "completed", JobStatus.FAILED: "failed", JobStatus.TIMED_OUT: "was stopped"}
+
+
+def _note(tx: Transaction, job: Job, action: str, sentence: str, actor: Actor,
+          given: Mapping[str, Any] | None = None) -> None:
+    """The audit row and the event of a state that the job has just reached."""
+    body = _body(job)
+    ids = (job.job_id, job.model_id) if job.model_id else (job.job_id,)
+    tx.record(AuditRecord(actor, action, ids, sentence, body, given, "job"))
+    tx.publish("job", job.job_id, str(job.status).lower(), body | {"narrative": sentence})
+
+
+def _tell_plan(job: Job, task: Task | None, problem: str) -> str:
+    limit_s = task.timeout_seconds if task else BUILTIN_TIMEOUT_S
+    return f"dry run of {_name(job)}: " + (f"it would fail, {problem}" if problem else f"it would run for {limit_s:g} s at most")
+
+
+def _check_room(tx: Transaction, limit: int) -> None:
+    if len(tx.list_jobs(limit, (JobStatus.QUEUED,))) >= limit:
+        raise Unavailable(f"{limit} evals wait already, as many as LUKHAS_MCP_MAX_QUEUED_JOBS allows; "
+                          "ask again when some have ended, or cancel some")
 
 
 def _name(job: Job) -> str:
@@ -13561,6 +13621,23 @@ def _prepare(run: GitRun, builder: TreeBuilder, target: _CommitTarget, trees: tu
     return PreparedCommit(commit, target.ref, target.old, author="{} <{}>".format(*author),
                           paths=builder.changed(*trees),
                           index=index, **more)
+
+
+def list_trunk(git: Git, limit: int) -> list[str]:
+    """The newest commits of what is checked out, along their first parents. Raises Unavailable."""
+    return git.open().run("rev-list", "--first-parent", f"--max-count={limit}", "HEAD", "--").output.decode("ascii").split()
+
+
+def check_out(git: Git, commit: str, folder: str) -> None:
+    """Fill a new folder with the files of a commit; no filter and no hook is run. Raises Unavailable, OSError."""
+    os.makedirs(folder, mode=0o700)
+    environ, run = {"GIT_INDEX_FILE": folder + ".index"}, git.open()
+    try:
+        run.run("read-tree", commit, environ=environ)
+        run.run("checkout-index", "--all", f"--prefix={folder}/", environ=environ)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(folder + ".index")
 
 
 def _signed(text: str, author: tuple[str, str]) -> str:
@@ -16961,6 +17038,7 @@ async def make_commit(services: Services, call: Call, prepared: PreparedCommit, 
                    f"{prepared.branch or 'HEAD'}")
         audit_id = tx.record(call.record(ids, message, {**details, "phase": "intent"}, "file"))
         tx.open_intent(audit_id, details)
+        tx.set_switch(f"commit {prepared.commit}", {"auditId": audit_id})  # outlives the row, which may be sealed
         return audit_id
     audit_id = await services.store.write(begin)
     try:
@@ -19976,7 +20054,7 @@ async def route_healthz(services: Services, request: Request) -> Response:
 async def route_readyz(services: Services, request: Request) -> Response:
     """200 when the database and the audit writer can serve, 503 with the reason otherwise."""
     reasons = [services.store.fault] if services.store.fault else []
-    if services.is_draining:
+    if services.is_draining or services.jobs.is_finishing:
         reasons.append("the server is draining")
     document = {"status": "unavailable" if reasons else "ready", "reasons": reasons,
                 "controller": {"held": services.holds_lease, "holder": services.lease_holder},
@@ -20098,6 +20176,15 @@ class Lease:
                 return stream.read(200)
         except OSError:
             return ""
+
+    def find_pid(self) -> int | None:
+        """The process that holds the lease at this moment, or None."""
+        with contextlib.suppress(OSError, ValueError), open(self._path, encoding="ascii") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(stream.read(200).removeprefix("pid "))
+        return None
 
     def release(self) -> None:
         """Give the lease back."""
@@ -20631,13 +20718,14 @@ def _missing(shared: list[tuple[str, str]], own: list[tuple[str, str]]) -> list[
 
 # ==============================================================================
 # 78. Server -- everything alive: built, started, drained, stopped
-# uses: Ground, Errors, Config, Plan, Http, Access, Store, Broker, Brakes, Actuation, Prometheus, Embedded, Canary, Hooks, Probes, Jobs, Paths, Repository, Corpus, Finder, Git, Commits, Survey, Metrics, Sessions, Toolkit, FileTools, GitTools, Lease, Connection, Rounds
+# uses: Ground, Errors, Vocabulary, Config, Plan, Http, Access, Store, Broker, Brakes, Actuation, Prometheus, Embedded, Canary, Hooks, Probes, Jobs, Paths, Repository, Corpus, Finder, Git, Commits, Survey, Metrics, Sessions, Toolkit, FileTools, GitTools, Lease, Connection, Rounds
 # owns: network, signals, files, terminal
 # ==============================================================================
 # The socket opens as soon as the database is there; whatever takes longer happens behind it.
 
 
 _DRAIN_S = 5.0
+_MAX_TRUNK = 1000  # commits among which one from outside is looked for
 _SNAPSHOT_S = 3.0
 
 
@@ -20664,7 +20752,8 @@ def build_services(config: Config, clock: Clock) -> Services:
     corpus = Corpus(root, git, (config.db, config.state_path, config.state_dir))
     canaries = CanaryController(store, clock, config, plan, sampler, actuator, brakes)
     courier = Courier(store, clock, config, plan, actuator, brakes, canaries.note_actuation)
-    jobs = JobRunner(store, clock, config, plan, brakes=brakes)
+    jobs = JobRunner(store, clock, config, plan, brakes=brakes,
+                     check_out=functools.partial(check_out_foreign, store, git) if config.eval_source == "head" else None)
     broker.hear = lambda event: (notices.hear(event), courier.hear(event), pass_on(jobs, event))
     return Services(
         config=config, plan=plan, clock=clock, store=store, broker=broker, repository=Repository(root, clock), git=git,
@@ -20676,6 +20765,16 @@ def build_services(config: Config, clock: Clock) -> Services:
         reads=ReadLog(store, clock), boot_id=secret[:8], started_s=clock.monotonic_s(), page=load_page(),
         hosts=hosts, origins=origins, proxies=tuple(ipaddress.ip_network(text, strict=False) for text in config.trusted_proxies),
         system_secret=secret, notices=notices)
+
+
+async def check_out_foreign(store: Store, git: Git, folder: str) -> str:
+    """Fill a folder with the last commit that no tool of this server made; tells which. Raises ToolError, OSError."""
+    commits = await asyncio.to_thread(list_trunk, git, _MAX_TRUNK)
+    commit = next((one for one in commits if not store.is_own_commit(one)), None)
+    if commit is None:
+        raise Conflict(f"LUKHAS_MCP_EVAL_SOURCE=head, and none of the last {len(commits)} commits was made outside this server")
+    await asyncio.to_thread(check_out, git, commit, folder)
+    return commit
 
 
 def known_places(config: Config) -> tuple[frozenset[str], frozenset[str]]:
@@ -20880,15 +20979,27 @@ class Server:
             except Exception:
                 log.exception("a round of housekeeping failed")
 
+    async def finish(self) -> None:
+        """Stop as soon as every eval has ended; until then all but new evals is served."""
+        sentence = "the server was told to take no further evals, and to stop when those under way have ended"
+        with contextlib.suppress(Unavailable):
+            await self.services.store.write(lambda tx: tx.record(AuditRecord(SYSTEM_ACTOR, "drain", (), sentence)))
+        await self.services.jobs.finish()
+        self._stopping.set()
+
     async def until_stop(self) -> None:
         """Wait until somebody asks for a stop."""
         await self._stopping.wait()
 
     def reload_keys(self) -> None:
-        """Read the file of keys again, which ends with the server at the latest."""
+        """Read the file of keys again."""
+        self.run_soon(reload_keys(self.services, self._wire.end_streams_of_strangers))
+
+    def run_soon(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run what a signal asked for; it ends with the server at the latest."""
         async def guarded() -> None:
             try:
-                await reload_keys(self.services, self._wire.end_streams_of_strangers)
+                await work
             # house: allow broad -- what a signal asked for failed; the server goes on
             except Exception:
                 log.exception("what a signal asked for failed")
@@ -20970,6 +21081,7 @@ async def serve(config: Config, announce: Callable[[Server], None] = lambda serv
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.request_stop)
+        loop.add_signal_handler(signal.SIGUSR1, lambda: server.run_soon(server.finish()))
         if config.api_keys_file:  # else a closed terminal ends the server, as ever
             loop.add_signal_handler(signal.SIGHUP, server.reload_keys)
         try:
@@ -21496,7 +21608,8 @@ def _look_at_evals(config: Config, clock: Clock) -> _Lines:
     if config.read_only:
         yield "ok", "LUKHAS_MCP_READ_ONLY: no tool changes anything"
     else:
-        yield "ok", "who may write files and run an eval runs code as this user"
+        where = "on the last commit made outside this server" if config.eval_source == "head" else "as this user"
+        yield "ok", f"who may write files and run an eval runs code {where}"
 
 
 # ==============================================================================
@@ -21611,8 +21724,8 @@ def command_doctor(options: argparse.Namespace, flags: dict[str, str]) -> int:
 
 # ==============================================================================
 # 83. Cli -- the command line
-# uses: Ground, Errors, Vocabulary, Config, Access, Store, Brakes, Finder, Toolkit, Server, Stdio, Console, Upkeep
-# owns: terminal, signals, network
+# uses: Ground, Errors, Vocabulary, Config, Access, Store, Brakes, Finder, Toolkit, Lease, Server, Stdio, Console, Upkeep
+# owns: terminal, signals, network, processes
 # ==============================================================================
 
 
@@ -21629,6 +21742,7 @@ _WORDS_OF = {
              ("--session", {"help": "only what was done in this session"}),
              ("--since", {"help": "how far back: 90m, 12h, 30d, or an ISO time; default 1h"}),
              ("--dry-run", {"action": "store_true", "help": "only list what would be undone"})),
+    "drain": (("--wait", {"help": "how long the evals under way may take: 90m, 6h; default 6h"}),),
     "replay": (("id", {"help": "a canaryId"}), _POLICY, _JSON),
     "backtest": (("--gate", {"required": True, "help": "the gate"}),
                  ("--days", {"type": float, "help": "how many days back, at most 30; default 7"}),
@@ -21636,6 +21750,7 @@ _WORDS_OF = {
 
 
 _ALL_WORDS = _WORDS_OF | UPKEEP_WORDS
+_DRAIN_POLL_S, _END_S = 0.2, 15.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21668,6 +21783,7 @@ def _parser() -> argparse.ArgumentParser:
                              "on this database"),
                             ("unfreeze", _freeze, "end the freeze"),
                             ("status", _status, "tell how a canary or eval stands, or wait for its end"),
+                            ("drain", _drain, "let the server of this database finish its evals, then stop it"),
                             ("undo", _undo, "take back what an actor did to files, branches and gates, newest first"),
                             ("replay", _replay, "judge a canary's stored samples by another policy, offline"),
                             ("backtest", _backtest, "judge a policy on what Prometheus remembers of a gate"),
@@ -21826,6 +21942,31 @@ def _status(options: argparse.Namespace, flags: dict[str, str]) -> int:
     timeout_s = parse_duration_s(getattr(options, "timeout", "10m")) if getattr(options, "wait", False) else 0.0
     say = functools.partial(print, flush=True)
     return asyncio.run(await_end(remote, options.id, timeout_s, SystemClock(), say))
+
+
+def _drain(options: argparse.Namespace, flags: dict[str, str]) -> int:
+    """0 it has ended after its evals, 1 nobody serves this database, 3 it was stopped with evals under way."""
+    config, clock = load_config(flags), SystemClock()
+    wait_s = parse_duration_s(getattr(options, "wait", "6h"))
+    lease = Lease(config.db, "")
+    pid = lease.find_pid()
+    if pid is None:
+        print(f"lukhas_mcp: no server drives {config.db}", file=sys.stderr)
+        return 1
+
+    async def until_ended(limit_s: float) -> bool:
+        end_s = clock.monotonic_s() + limit_s
+        while lease.find_pid() == pid and clock.monotonic_s() < end_s:
+            await clock.sleep(_DRAIN_POLL_S)
+        return lease.find_pid() != pid
+    os.kill(pid, signal.SIGUSR1)
+    print(f"pid {pid} takes no further evals and stops when those under way have ended", flush=True)
+    if asyncio.run(until_ended(wait_s)):
+        return 0
+    os.kill(pid, signal.SIGTERM)
+    asyncio.run(until_ended(_END_S))
+    print(f"lukhas_mcp: evals were still under way after {wait_s:g} s; they are interrupted", file=sys.stderr)
+    return 3
 
 
 def _undo(options: argparse.Namespace, flags: dict[str, str]) -> int:

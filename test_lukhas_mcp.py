@@ -9177,6 +9177,25 @@ class TestAttempts:
         assert (status, reason) == (
             "FAILED", "the command 'no-such-command-anywhere' can't be started: No such file or directory")
 
+    def test_the_operators_limits_bind_the_command_and_what_it_starts(self, tmp_path):
+        code = ("import resource, subprocess, sys\n"
+                "print(*(resource.getrlimit(getattr(resource, 'RLIMIT_' + name)) for name in ('AS', 'FSIZE', 'NOFILE', 'CORE')))\n"
+                "try: bytes(2 << 30)\nexcept MemoryError: print('no memory')\n"
+                "print(open('/proc/self/oom_score_adj').read() if sys.platform == 'linux' else 500)\n"
+                "sys.stdout.flush()\n"
+                "sys.exit(subprocess.run(['sh', '-c', 'exec dd if=/dev/zero of=$LUKHAS_EVAL_OUT/big bs=65536 count=99']).returncode + 100)")
+        task = lm.Task("unit", command=(sys.executable, "-S", "-c", code), max_memory_mb=1024, max_file_mb=1,
+                       max_open_files=64, max_processes=100_000)
+
+        async def run():
+            async with open_bench(tmp_path, [task]) as bench:
+                job = await bench.run("unit")
+                lines = (bench.state / job.job_id / "output.log").read_text().splitlines()
+                assert lines[:3] == [f"{(1 << 30,) * 2} {(1 << 20,) * 2} (64, 64) (0, 0)", "no memory", "500"], lines
+                assert job.result["metrics"]["exit_code"] == 100 - signal.SIGXFSZ
+                assert (bench.state / job.job_id / "big").stat().st_size == 1 << 20
+        run_async(run())
+
     def test_a_flood_of_output_is_cut_at_the_limit_and_counted(self, tmp_path):
         code = """
             import os
@@ -9680,6 +9699,64 @@ class TestJobs:
                 bench.store.write = write
                 assert (await bench.end_of(job)).status == "COMPLETED"
         run_async(run(), 40)
+
+    def test_evals_of_head_run_on_the_last_commit_made_outside_this_server(self, make_server):
+        server = make_server(started=False, LUKHAS_MCP_EVAL_SOURCE="head")
+        (server.repo / "lukhas.toml").write_text(
+            '[tasks.unit]\ncommand = ["sh", "-c", "cat src/app.py README.md; git log -1 --format=%s 2>&1; echo made > src/made; pwd"]\n')
+        (server.repo / ".gitattributes").write_text("*.md filter=evil\n")
+        git(server.repo, "add", ".gitattributes")
+        git(server.repo, "commit", "-qm", "by hand")
+        git(server.repo, "config", "filter.evil.smudge", "echo smudged")
+        by_hand = git(server.repo, "rev-parse", "HEAD").strip()
+        server.start()
+
+        def run() -> tuple[dict[str, Any], str]:
+            job = server.wait_for("status", jobId=server.call("run_eval", taskId="unit", configId="c")["jobId"])
+            state = next((server.folder / "state").glob("lukhas-mcp/*"))
+            wait_until(lambda: not list((state / "sources").iterdir()), what="the checkout to be removed")
+            return job, (state / "jobs" / job["jobId"] / "output.log").read_text()
+        server.call("write_file", path="src/app.py", contents="evil = 1\n", overwrite=True)
+        server.call("git_commit", message="by a tool", add=["src/app.py"])
+        for _ in range(2):  # the second after a seal: what a tool has committed is remembered
+            job, output = run()
+            assert job["status"] == "COMPLETED" and job["result"]["commit"] == by_hand, job
+            assert output.startswith(FILES["src/app.py"] + FILES["README.md"]) and str(server.repo) not in output, output
+            server.stop()
+            lm.seal_rows(str(server.db), lm.SystemClock(), time.time() + 9, str(server.folder / f"{_}.zip"), lm.Actor("cli"))
+            server.start()
+        assert not (server.repo / "src/made").exists()
+        git(server.repo, "commit", "-q", "--allow-empty", "-m", "by hand on top")
+        job, output = run()
+        assert job["result"]["commit"] == git(server.repo, "rev-parse", "HEAD").strip() and output.startswith("evil = 1\n")
+        shutil.rmtree(server.repo / ".git")
+        job = server.wait_for("status", jobId=server.call("run_eval", taskId="unit", configId="c")["jobId"])
+        assert job["status"] == "FAILED" and "no git work tree" in job["reason"], job
+        assert "made outside this server" in lm.SETTINGS[[one.variable for one in lm.SETTINGS].index("LUKHAS_MCP_EVAL_SOURCE")].text
+
+    @pytest.mark.parametrize(("wait", "seconds", "code", "status"), [("60s", 1.5, 0, "COMPLETED"), ("0.5s", 600, 3, "FAILED")])
+    def test_drain_lets_evals_end_or_interrupts_them_when_the_time_is_up(self, make_server, wait, seconds, code, status):
+        server = make_server(started=False, LUKHAS_MCP_MAX_JOBS=1)
+        (server.repo / "lukhas.toml").write_text(f'[tasks.long]\ncommand = ["sleep", "{seconds}"]\n')
+
+        def drain() -> subprocess.Popen[str]:
+            return subprocess.Popen([*python_command(), str(PROGRAM), "drain", "--wait", wait], text=True, cwd=server.repo,
+                                    env=clean_environ(LUKHAS_REPO_ROOT=server.repo), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        nobody = drain()
+        assert nobody.communicate()[1].startswith("lukhas_mcp: no server drives") and nobody.returncode == 1
+        server.start()
+        jobs = [server.call("run_eval", taskId="long", configId="c")["jobId"] for _ in range(2)]  # one runs, one waits
+        command = drain()
+        wait_until(lambda: not server.is_alive or server.request("GET", "/readyz").status == 503, what="the drain")
+        if code == 0:
+            assert "takes no further evals" in server.call_error("run_eval", taskId="long", configId="c")
+            assert server.call("write_file", path="docs/y.txt", contents="y")["size"] == 1  # all else goes on
+        output, errors = command.communicate(timeout=60)
+        assert command.returncode == code and "pid" in output and ("interrupted" in errors) == bool(code), (output, errors)
+        assert server.process.wait(15) == 0
+        rows = read_rows(server.db, "SELECT job_id, status, reason FROM jobs")
+        assert sorted(rows) == sorted((job_id, status, "interrupted" if code else None) for job_id in jobs)
+        assert read_rows(server.db, "SELECT count(*) FROM audits WHERE action='drain'") == [(1,)]
 
     def test_a_plan_that_cannot_be_meant_stops_the_start(self, tmp_path):
         with pytest.raises(lm.ConfigError, match="tasks.unit.metrics"):
