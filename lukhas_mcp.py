@@ -12108,12 +12108,14 @@ class Repository:
             raise Conflict(f"{error.message} (current sha256: {now})", data=details) from None
         return _replacement("create" if current is None else "overwrite", rel, current, result.new), result
 
-    def prepare_rename(self, source: str, target: str, *, overwrite: bool = False) -> Change:
+    def prepare_rename(self, source: str, target: str, *, overwrite: bool = False,
+                       expect_sha256: str | None = None) -> Change:
         """A file under another name. Raises NotFound, Conflict."""
         rel, current = self._look_at(source)
         new_rel, replaced = self._look_at(target)
         if current is None:
             raise NotFound(f"Source file does not exist: {rel}")
+        _check_expected(rel, current, expect_sha256)
         if rel == new_rel:
             raise InvalidArguments(f"from and to are the same file: {rel}")
         if replaced is not None and not overwrite:
@@ -16869,7 +16871,7 @@ async def tool_append_file(services: Services, call: Call) -> dict[str, Any]:
 
 
 @tool("rename_file", title="Rename a file", hints=OVERWRITES, role="operator", level="changes",
-      arguments=shape(("from", "to"), **{"from": PATH, "to": PATH},
+      arguments=shape(("from", "to"), **{"from": PATH, "to": PATH}, expectSha256=EXPECTED,
                       overwrite=boolean("Replace a file that exists.", default=False)),
       output=shape(("from", "to", "size", "moved"), **{"from": string(), "to": string()}, size=integer(),
                    moved=boolean(), sha256=anything("", "string", "null"), warnings=array(string())),
@@ -16877,7 +16879,7 @@ async def tool_append_file(services: Services, call: Call) -> dict[str, Any]:
 async def tool_rename_file(services: Services, call: Call) -> dict[str, Any]:
     """Give a file another name or folder."""
     change = await in_thread(services.repository.prepare_rename, call.get("from"), call.get("to"),
-                             overwrite=call.get("overwrite"))
+                             overwrite=call.get("overwrite"), expect_sha256=call.get("expectSha256"))
     written = await change_file(services, call, change)
     return {"from": change.rel, "to": written.rel, "size": written.size, "moved": True, "sha256": written.sha256}
 
@@ -16911,7 +16913,7 @@ OPERATED = shape(("success", "operation"), success=boolean(), operation=string()
 
 
 @tool("writeFile", title="Write a file (camel case)", hints=OVERWRITES, role="operator", level="changes",
-      arguments=shape(("path", "content"), path=PATH, content=CONTENTS, encoding=ENCODING,
+      arguments=shape(("path", "content"), path=PATH, content=CONTENTS, encoding=ENCODING, expectSha256=EXPECTED,
                       overwrite=boolean("Replace a file that exists.", default=False)),
       output=OPERATED, examples=({"path": "notes/d.txt", "content": "one\n"},))
 async def tool_writeFile(services: Services, call: Call) -> dict[str, Any] | ToolResult:
@@ -17820,11 +17822,14 @@ def find_undo(reads: Reads, one: Undoable) -> Undoable | None:
 # -- one change ---------------------------------------------------------------
 
 
-async def take_back(services: Services, call: Call, one: Undoable) -> None:
-    """Take one change back. Raises Conflict when what it changed has moved on."""
+async def take_back(services: Services, call: Call, one: Undoable) -> list[int]:
+    """Take one change back; tells the audit ids of what did so. Raises Conflict when what it changed has moved on."""
     deed = {"file": _take_file_back, "commit": _take_commit_back, "gate": _take_gate_back}[one.kind]
+    made = []
     for part in find_parts(services.store, one):
         await deed(services, call, part)
+        made.append(call.audit_id)
+    return made
 
 
 def find_parts(reads: Reads, one: Undoable) -> list[Undoable]:
@@ -17850,7 +17855,7 @@ def plan_file_undo(services: Services, details: dict[str, Any]) -> list[Callable
         return [lambda: files.prepare_delete(path, left)]
     if details["kind"] == "rename":
         target, replaced = details["to"], details["targetSha256"]
-        steps = [lambda: _prepare_return(files, target, path, left)]
+        steps = [lambda: files.prepare_rename(target, path, expect_sha256=left)]
         if replaced:
             content = _kept(services.store, replaced, target)
             steps.append(lambda: files.prepare_write(target, content, mode="create"))
@@ -17867,14 +17872,6 @@ def _kept(reads: Reads, sha256: str, path: str) -> bytes:
         raise Conflict(f"the former contents of {path} (sha256 {sha256}) are not kept any more: over 1 MiB, over 30 "
                        "days old, or crowded out by newer ones")
     return content
-
-
-def _prepare_return(files: Repository, source: str, target: str, sha256: str) -> Change:
-    change = files.prepare_rename(source, target)
-    if change.old_sha256 != sha256:
-        raise Conflict(f"SHA mismatch: expected {sha256}, got {change.old_sha256}: {source} has been changed "
-                       "since")
-    return change
 
 
 async def _take_commit_back(services: Services, call: Call, one: Undoable) -> None:
@@ -17943,12 +17940,12 @@ def _take_away(services: Services, tx: Transaction, call: Call, gate: str, holde
                                                     1, 2**53)),
       output=shape(("undone", "kind", "what", "outcome"),
                    undone=integer("The audit id of what was taken back."),
-                   kind=string("file, commit or gate."), what=string(), outcome=string(), at=string(),
-                   note=string(),
+                   kind=string("file, commit, gate or undo."), what=string(), outcome=string(), at=string(),
+                   note=string(), changes=array(mapping("Of an undo: each change that was taken back.")),
                    auditId=integer("Of the undo, which can be undone too."), warnings=array(string())),
       examples=({"auditId": 12},))
 async def tool_undo_change(services: Services, call: Call) -> dict[str, Any]:
-    """Take back one change of a file, one commit (by a revert commit) or one promotion.
+    """Take back one change of a file, one commit (by a revert commit), one promotion, or all that one `undo` did.
 
     Refused, with the reason, where what it changed has moved on. When a commit is taken back the work tree
     keeps its files: they show as not committed.
@@ -17957,6 +17954,8 @@ async def tool_undo_change(services: Services, call: Call) -> dict[str, Any]:
     row = services.store.find_audit(audit_id)
     if row is None:
         raise NotFound(f"Unknown auditId: {audit_id}; take one from a changing tool's answer, or from why")
+    if read_details(row.payload).get("phase") == "summary":
+        return await _undo_undo(services, call, row)
     one = read_undoable(services.store, row)
     if one is None:
         raise Conflict(f"audit {audit_id} ({row.action}) is nothing that can be undone; changes of files, commits "
@@ -17971,6 +17970,19 @@ async def tool_undo_change(services: Services, call: Call) -> dict[str, Any]:
     del answer["auditId"]
     return answer | ({"note": "the work tree keeps its files; they show as not committed"}
                      if one.kind == "commit" else {})
+
+
+async def _undo_undo(services: Services, call: Call, row: AuditRow) -> ToolResult | dict[str, Any]:
+    """Take back all that an `undo` did and that is still in effect, newest first."""
+    found = (services.store.find_audit(by) for by in reversed(read_details(row.payload)["by"]))
+    deeds = [one for deed in found if deed and (one := read_undoable(services.store, deed))]
+    listed = [one for one in deeds if is_in_effect(services.store, one)]
+    if not listed:
+        raise Conflict(f"audit {row.audit_id} (undo) took nothing back that is still so")
+    what = f"undo of {len(listed)} change(s)"
+    changes, conflict = await _undo_each(services, call, listed, f"audit {row.audit_id}")
+    answer = {"undone": row.audit_id, "kind": "undo", "at": row.ts, "what": what, "outcome": "undone", "changes": changes}
+    return _stopped(answer | {"outcome": "conflict"}, conflict) if conflict else answer
 
 
 # -- an actor -----------------------------------------------------------------
@@ -18048,6 +18060,7 @@ def _target_of(reads: Reads, one: Undoable) -> int | None:
                    changes=array(mapping("auditId, at, kind, what, outcome, reason.")),
                    undone=integer(), complete=boolean("Whether all of it was taken back."),
                    conflict=anything("Where it stopped: auditId, what, reason.", "object", "null"),
+                   auditId=integer("Of the undo: undo_change takes it back as a whole."),
                    warnings=array(string())),
       examples=({"actor": "anonymous", "since": "1h", "dryRun": True},))
 async def tool_undo(services: Services, call: Call) -> ToolResult | dict[str, Any]:
@@ -18060,41 +18073,46 @@ async def tool_undo(services: Services, call: Call) -> ToolResult | dict[str, An
     listed, is_cut = await services.store.write(lambda tx: list_undoables(
         tx, call.get("actor"), call.get("session") or "", since, call.get("limit")))
     is_dry = call.get("dryRun")
-    changes, conflict = await _undo_each(services, call, listed, is_dry=is_dry)
-    undone = [one["auditId"] for one in changes if one["outcome"] == "undone"]
-    answer = {"actor": call.get("actor"), "session": call.get("session"), "since": since, "dryRun": is_dry,
-              "changes": changes, "undone": len(undone),
-              "complete": not is_dry and not conflict and not is_cut,
-              "conflict": conflict}
     if is_dry:
-        return answer
-    message = (f"{call.actor.name} took back {len(undone)} of {len(listed)} change(s) of {call.get('actor')} "
-               f"since {since}")
-    details = {"phase": "summary", "undone": undone, "conflict": conflict}
-    call.audit_id = None  # it stands for many; each of them has its own
-    record = call.record((call.get("actor"),), message, details, "system")
-    await services.store.write(lambda tx: tx.record(record))
-    if conflict:
-        error = f"stopped at audit {conflict['auditId']} ({conflict['what']}): {conflict['reason']}"
-        return ToolResult({"error": error, "reason": "conflict", **answer}, is_error=True)
-    return answer
+        changes, conflict = [one.to_wire("would be undone") for one in listed], None
+    else:
+        changes, conflict = await _undo_each(services, call, listed, f"{call.get('actor')} since {since}")
+    answer = {"actor": call.get("actor"), "session": call.get("session"), "since": since, "dryRun": is_dry,
+              "changes": changes, "undone": sum(one["outcome"] == "undone" for one in changes),
+              "complete": not is_dry and not conflict and not is_cut, "conflict": conflict}
+    return _stopped(answer, conflict) if conflict else answer
 
 
-async def _undo_each(services: Services, call: Call, listed: list[Undoable], *,
-                     is_dry: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """Take back one after the other until one can't be; tells what came of each, and of that one."""
+def _stopped(answer: dict[str, Any], conflict: dict[str, Any]) -> ToolResult:
+    error = f"stopped at audit {conflict['auditId']} ({conflict['what']}): {conflict['reason']}"
+    return ToolResult({"error": error, "reason": "conflict", **answer}, is_error=True)
+
+
+async def _undo_each(services: Services, call: Call, listed: list[Undoable],
+                     whose: str) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Take back one after the other until one can't be; tells what came of each, and of that one.
+
+    A row of the audit stands for all of them, by which they can be taken back together.
+    """
     changes: list[dict[str, Any]] = []
+    made: list[int] = []
     conflict = None
     for one in listed:
-        if is_dry or conflict:
-            changes.append(one.to_wire("would be undone" if is_dry else "not reached"))
+        if conflict:
+            changes.append(one.to_wire("not reached"))
             continue
         try:
-            await take_back(services, call, one)
+            made += await take_back(services, call, one)
             changes.append(one.to_wire("undone", by=call.audit_id))
         except ToolError as error:
             conflict = {"auditId": one.audit_id, "what": one.what, "reason": error.message}
             changes.append(one.to_wire("conflict", reason=error.message))
+    undone = [one for one in changes if one["outcome"] == "undone"]
+    message = f"{call.actor.name} took back {len(undone)} of {len(listed)} change(s) of {whose}"
+    details = {"phase": "summary", "undone": [one["auditId"] for one in undone], "by": made,
+               "conflict": conflict}
+    record = call.record((call.get("actor") or f"audit:{call.get('auditId')}",), message, details, "system")
+    call.audit_id = await services.store.write(lambda tx: tx.record(record))
     return changes, conflict
 
 
