@@ -12776,7 +12776,7 @@ _VARIABLES = {
     "GIT_LITERAL_PATHSPECS": "1",
     "GIT_PAGER": "cat", "GIT_EDITOR": ":"}
 _WATCHED = r"^((user|author)\.(name|email)$|core\.(excludesfile|hookspath)$|filter\.|hook\.)"
-_REVISION = re.compile(r"(?!-)[^\s\x00-\x20\x7f:?*\[\\]{1,200}")
+_REVISION = re.compile(r"(?![-^])[^\s\x00-\x20\x7f:?*\[\\]{1,200}")
 _UNFINISHED = {"MERGE_HEAD": "merge", "rebase-merge": "rebase", "rebase-apply": "rebase",
               "CHERRY_PICK_HEAD": "cherry-pick", "REVERT_HEAD": "revert", "BISECT_LOG": "bisect"}
 
@@ -13839,11 +13839,11 @@ def _compare(run: GitRun, ends: list[str], environ: dict[str, str], path: str, *
     if listed.is_cut:
         raise Conflict("the difference has too many files for one answer; give a path")
     files = _parse_changes(listed.fields)
-    hidden = {name for one in files for name in (one["path"], one.get("from", "x"))
-              if not _is_shown(run.root, name)}
+    pairs = [{one["path"], one.get("from", one["path"])} for one in files]  # a renamed secret is one under both names
+    hidden = set().union(*(names for names in pairs if not all(_is_shown(run.root, name) for name in names)))
     if len(hidden) > _MAX_HIDDEN:
         raise Conflict(f"the difference has {len(hidden)} files that must not be shown; give a path")
-    shown = [one for one in files if one["path"] not in hidden and one.get("from") not in hidden]
+    shown = [one for one in files if one["path"] not in hidden]
     left_out = [f":(top,exclude,literal){name}" for name in sorted(hidden)]
     done = run.run(*_DIFF, f"--unified={context}", *ends, "--", *(wanted or [":(top)"]), *left_out,
                    environ=environ)

@@ -10329,6 +10329,21 @@ class TestPaths:
         with pytest.raises(lm.ConfigError, match="PROTECTED_PATHS"):
             lm.Root(str(tmp_path), protected=("[",))
 
+    def test_another_name_of_a_closed_or_own_file_is_known_by_its_inode(self, root):
+        files = lm.Repository(root, lm.SystemClock())
+        for name in ("keys.txt", ".mcp-state.db", "plain.txt"):
+            pathlib.Path(root.path, name).write_text("hunter2\n")
+            os.link(f"{root.path}/{name}", f"{root.path}/twin-of-{name}")
+        assert files.fetch("twin-of-plain.txt")["text"] == "hunter2\n" == files.fetch("twin-of-.mcp-state.db")["text"]
+        with pytest.raises(lm.PathRefused, match="another name"):
+            files.fetch("twin-of-keys.txt")
+        for name in ("twin-of-keys.txt", "twin-of-.mcp-state.db"):
+            for prepare in (lambda: files.prepare_write(name, b"x"), lambda: files.prepare_append(name, b"x"),
+                            lambda: files.prepare_rename(name, "n"), lambda: files.prepare_rename("README.md", name, overwrite=True),
+                            lambda: files.prepare_delete(name, sha(b"hunter2\n"))):
+                with pytest.raises(lm.PathRefused, match="another name"):
+                    prepare()
+
     def test_only_regular_files_are_opened_and_nothing_waits(self, root):
         os.mkfifo(root.path + "/pipe")
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as one:
@@ -10854,6 +10869,13 @@ class TestRepository:
         assert [files.decide(one) for one in details] == ["other"] * 4
         assert files.decide(details[0] | {"path": "../outside/o.txt"}) == "other"
 
+    def test_a_rename_that_died_between_its_two_names_is_finished(self, files, place):
+        details = files.prepare_rename("README.md", "docs/r.md").to_details()
+        os.link(place / "README.md", place / "docs/r.md")
+        assert files.decide(details) == "new" and not (place / "README.md").exists() and (place / "docs/r.md").exists()
+        (place / "README.md").write_bytes((place / "docs/r.md").read_bytes())  # the same, but by another hand
+        assert files.decide(details) == "other" and (place / "README.md").exists()
+
     def test_a_sweep_removes_what_the_dead_left_and_only_that(self, files, place):
         (place / "docs/.mcp-tmp-dead").write_text("x")
         (place / ".mcp-tmp-folder").mkdir()
@@ -11194,7 +11216,7 @@ class TestGit:
 
     @pytest.mark.parametrize("revision", [
         "--output=pwned", "-p", "--", "", "HEAD..main", "main...HEAD", "HEAD:README.md", ":/start", "a b", "HEAD\n", "*",
-        "--exec=touch pwned", "-O/etc/passwd", "HEAD\0", "x" * 300, "@{u}\\"])
+        "--exec=touch pwned", "-O/etc/passwd", "HEAD\0", "x" * 300, "@{u}\\", "^HEAD"])
     def test_argument_injection_by_revisions(self, repo, revision):
         run = open_git(repo).open()
         for call in (lambda: lm.read_commit(run, revision), lambda: lm.read_log(run, revision, "", 0, 5),
@@ -11850,7 +11872,7 @@ class TestHistory:
         assert "hunter2" not in str(shown) and ".env" not in str(shown) and shown["hidden"] == 3
         git(repo, "mv", "server.key", "harmless.txt")
         moved = lm.read_diff(run, run.find_commit("HEAD"), None, is_staged=True)
-        assert "server.key" not in str(moved) and moved["hidden"] == 1
+        assert "server.key" not in str(moved) and "hunter2" not in str(moved) and moved["hidden"] == 1
 
     def test_a_file_as_it_was(self, repo):
         git(repo, "commit", "-qam", "second")
@@ -11883,6 +11905,24 @@ class TestHistory:
             assert lm.read_old_file(run, "HEAD", name)[1] == files[name].encode()
             one = lm.read_diff(run, run.find_commit("HEAD"), None, path=name)
             assert {file["path"] for file in one["files"]} == different & {name}  # no name is a pattern
+
+    def test_a_link_swapped_in_shows_and_commits_nothing_of_the_outside(self, configured):
+        """Git goes by paths: without copies taken through descriptors one call in ten told or kept what lies outside."""
+        docs, outside = configured / "docs", configured.parent / "outside"
+        for number in range(8):
+            (docs / f"{number}.txt").write_text("inside\n" * 50)
+            (outside / f"{number}.txt").write_text("outside secret\n" * 50)
+        git(configured, "add", "docs")
+        git(configured, "commit", "-qm", "more")
+        before, commits, run = tree_of(outside), open_commits(configured), open_git(configured).open()
+        with swapping(docs, outside):
+            for number in range(25):
+                shown = [lm.read_diff(run, run.find_commit("HEAD"), None), lm.read_status(run, "", 0, 1000)]
+                with contextlib.suppress(lm.ToolError):
+                    commits.prepare(f"number {number}", add=["docs"])
+                assert "outside" not in str(shown[0]["diff"]).replace(str(configured.parent), "") and "o.txt" not in str(shown), shown
+        kept = subprocess.run(["git", "-C", configured, "cat-file", "--batch-all-objects", "--batch"], capture_output=True).stdout
+        assert b"inside" in kept and b"outside secret" not in kept and tree_of(outside) == before
 
     def test_reading_leaves_the_repository_as_it_is(self, repo):
         index = (repo / ".git/index").read_bytes()
