@@ -17586,13 +17586,14 @@ async def tool_approve_canary(services: Services, call: Call) -> dict[str, Any]:
 @tool("list_canaries", title="List canaries",
       arguments=shape(limit=integer("How many.", 1, 200, 50), status=string("Only those of one status.",
                       choices=tuple(CanaryStatus)), gate=string("Only those to one gate.", max_length=128)),
-      output=shape(("canaries",), canaries=array(mapping())), examples=({"limit": 10},))
+      output=shape(("canaries",), canaries=array(mapping()), frozen=anything("The freeze that holds: by, since, until, reason.",
+                                                                             "object", "null")), examples=({"limit": 10},))
 async def tool_list_canaries(services: Services, call: Call) -> dict[str, Any]:
     """List canaries, the newest first."""
     wanted = (call.get("status"),) if call.get("status") else ()
     found = services.store.list_canaries(call.get("limit"), wanted, call.get("gate") or "")
     return {"canaries": [{**canary.to_wire(), "reason": canary.reason, "ticks": services.canaries.ticks_of(canary)}
-                         for canary in found]}
+                         for canary in found], "frozen": services.brakes.find_freeze(services.store)}
 
 
 @tool("observe", title="Push observations", hints={**WRITES, "idempotentHint": False}, role="observe", level="all",
