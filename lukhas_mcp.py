@@ -4714,21 +4714,34 @@ class Subscriber:
         self.is_cut = False
         self._store = store
         self._seen = last_event_id
+        self._oldest_id = 0  # of what waits
         self._is_behind = True
         self._is_closed = False
         self._waiting: collections.deque[bytes] = collections.deque()
         self._waiting_bytes = 0
         self._wake = asyncio.Event()
 
-    def offer(self, event_id: int, frame: bytes) -> None:
-        """Hand over a new frame; a subscriber that holds too many is cut off."""
+    def offer(self, event_id: int, frame: bytes, commit_id: int) -> None:
+        """Hand over a new frame; a subscriber that holds too many is cut off.
+
+        `commit_id` is the first event of the same commit. A subscriber that had read all before this
+        commit, which is too large for it, reads it from the store instead.
+        """
         if self._is_behind or self._is_closed or event_id <= self._seen:
             return  # it will read the event from the store, or has
+        if not self._waiting:
+            self._oldest_id = event_id
         self._seen = event_id
         self._push(frame)
-        if self._waiting_bytes > _MAX_WAITING_BYTES or len(self._waiting) > _MAX_WAITING_EVENTS:
+        if self._waiting_bytes <= _MAX_WAITING_BYTES and len(self._waiting) <= _MAX_WAITING_EVENTS:
+            return
+        if self._oldest_id < commit_id:
             self.is_cut = True
             self.close()
+        else:
+            self._take()
+            self._wake.set()
+            self._seen, self._is_behind = commit_id - 1, True
 
     def close(self, farewell: bytes = b"") -> None:
         """End the stream; what waits is dropped unless there is a farewell."""
@@ -4851,7 +4864,7 @@ class Broker:
                     continue
                 if name not in frames:
                     frames[name] = encode_event(event, name)
-                subscriber.offer(event.event_id, frames[name])
+                subscriber.offer(event.event_id, frames[name], events[0].event_id)
                 if subscriber.is_cut:
                     self.subscribers.discard(subscriber)
                     self.cut += 1
@@ -19534,9 +19547,13 @@ _SUBSCRIPTION = "io.modelcontextprotocol/subscriptionId"
 
 
 def check_streams(services: Services, owner: str) -> None:
-    """Whether one more event stream may be opened for this key. Raises RateLimited."""
+    """Whether one more event stream may be opened for this key. Raises RateLimited.
+
+    Without keys all share the total, unless a limit of one key was set.
+    """
     config, listening, streams = services.config, services.broker.subscribers, services.notices.streams
-    own = sum(one.owner == owner for one in listening) + streams[owner]
+    is_counted = not services.keys.is_open or "max_streams_per_key" in config.sources
+    own = sum(one.owner == owner for one in listening) + streams[owner] if is_counted else 0
     if len(listening) + streams["*"] >= config.max_streams or own >= config.max_streams_per_key:
         raise RateLimited(f"too many event streams; at most {config.max_streams_per_key} of one key and "
                           f"{config.max_streams} in all", 5.0)
@@ -20380,7 +20397,7 @@ async def _tell_reload(services: Services, sentence: str, details: dict[str, Any
 # a short drain, since a reset would destroy it on its way (RFC 9112 section 9.6).
 
 
-_HEAD_S, _BODY_STALL_S, _BODY_WHOLE_S, _IDLE_S, _WRITE_S, _LINGER_S = 10.0, 10.0, 30.0, 75.0, 10.0, 1.0
+_HEAD_S, _BODY_STALL_S, _BODY_WHOLE_S, _IDLE_S, _WRITE_S, _LINGER_S = 10.0, 10.0, 12.0, 75.0, 10.0, 1.0
 _SLOW_BYTES_PER_S = 1024
 _DRAIN_BYTES = 65536
 _HIGH_WATER = 65536
@@ -20554,7 +20571,8 @@ class Connection(asyncio.Protocol):
     async def _serve(self) -> None:
         try:
             while await self._serve_one() and not self._wire.services.is_draining:
-                pass
+                if self._parser.buffered:  # who sends a hundred at once does not keep the others waiting
+                    await self._clock.sleep(0)
         except (ConnectionError, asyncio.CancelledError):
             pass
         # house: allow broad -- the last resort of a connection: logged, and it ends this one only
@@ -20629,14 +20647,11 @@ class Connection(asyncio.Protocol):
             if not is_asked:
                 is_asked = True
                 self._transport.write(CONTINUE)
-            taken_s = self._clock.monotonic_s() - begun_s
-            if taken_s > _BODY_WHOLE_S and self._parser.buffered < taken_s * _SLOW_BYTES_PER_S:
-                raise HttpError(408, "the body comes too slowly")
-            self.deadline_s = math.inf
+            self.deadline_s = begun_s + max(_BODY_WHOLE_S, self._parser.buffered / _SLOW_BYTES_PER_S)
             if not await self._more(_BODY_STALL_S):
                 if self._is_lost:
                     raise ConnectionResetError
-                raise HttpError(408 if self._is_expired else 400, "the body did not come whole")
+                raise HttpError(408 if self._is_expired else 400, "the body did not come whole, or too slowly")
         self.deadline_s = math.inf
         request.body = body
 
@@ -20746,6 +20761,7 @@ def _missing(shared: list[tuple[str, str]], own: list[tuple[str, str]]) -> list[
 _DRAIN_S = 5.0
 _MAX_TRUNK = 1000  # commits among which one from outside is looked for
 _SNAPSHOT_S = 3.0
+_TOLD_S = 60.0
 
 
 def build_services(config: Config, clock: Clock) -> Services:
@@ -20906,6 +20922,7 @@ class Server:
         self._rounds = Housekeeping(services)
         self._lease = Lease(services.config.db, f"pid {os.getpid()}")
         self._stopping = asyncio.Event()
+        self._told: dict[str, float] = {}  # errors of the event loop, and when
 
     async def start(self) -> None:
         """Open the sockets, then begin to drive evals and canaries. Raises ConfigError."""
@@ -21006,6 +21023,17 @@ class Server:
         await self.services.jobs.finish()
         self._stopping.set()
 
+    def note_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log what the event loop can tell nobody else, the same sentence once a minute.
+
+        Without uvloop, each connection that waits while there are no descriptors left is told every second.
+        """
+        sentence, now_s = str(context["message"]), self.services.clock.monotonic_s()
+        kind = sentence.partition("(")[0]
+        if now_s - self._told.get(kind, -math.inf) >= _TOLD_S:
+            self._told[kind] = now_s
+            log.error("%s", sentence, exc_info=context.get("exception"))
+
     async def until_stop(self) -> None:
         """Wait until somebody asks for a stop."""
         await self._stopping.wait()
@@ -21098,6 +21126,7 @@ async def serve(config: Config, announce: Callable[[Server], None] = lambda serv
             log.warning("%s", text)
         server = Server(build_services(config, clock), writer, has_http=talk is None)
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(server.note_loop_error)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.request_stop)
         loop.add_signal_handler(signal.SIGUSR1, lambda: server.run_soon(server.finish()))

@@ -248,6 +248,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -4380,6 +4381,23 @@ class TestBroker:
                         assert await anext(stream) == b"", "what waited is dropped"
                 assert store.broker.cut == 1 and not store.broker.subscribers
                 assert ids_of(await listen_for(store, "jobs", after=1, count=1101)) == list(range(2, 1103))
+        run_async(story())
+
+    def test_one_large_commit_cuts_nobody_who_reads(self, tmp_path):
+        """More than a subscriber may hold, published at once: it reads that from the store, in order and once."""
+        async def story():
+            async with open_broker(tmp_path) as store:
+                listener = Listener(store, "jobs")
+                await listener.until(lambda frame: frame.event == "open")
+                await asyncio.sleep(0.01)
+                for size in (100, 3000, 1):
+                    await store.write(lambda tx: [tx.publish("job", "a", "progress", {"text": "x" * 500}) for _ in range(size)] and None)
+                newest = store.newest_event_id()
+                await listener.until(lambda frame: frame.id == str(newest))
+                await publish(store, "job", "a", "completed")
+                await listener.until(lambda frame: frame.id == str(newest + 1))
+                await listener.leave()
+                assert ids_of(listener.frames) == list(range(1, newest + 2)) and not store.broker.cut
         run_async(story())
 
     def test_large_events_count_by_their_bytes(self, tmp_path):
@@ -16481,6 +16499,13 @@ class TestRoutes:
                 return stream.status == 200
         wait_until(can_open, what="a place freed by those who left")
 
+    def test_without_keys_nobody_has_a_share_of_the_streams(self, make_server):
+        server = make_server(LUKHAS_MCP_MAX_STREAMS=25)
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(server.sse("jobs")) for _ in range(27)]
+            assert [one.status for one in opened] == [200] * 25 + [429] * 2
+            opened.clear()
+
 
 # ==============================================================================
 # 75. Exports -- the evidence over HTTP: for keys, one at a time, nothing left behind
@@ -17092,6 +17117,20 @@ class TestConnection:
             writer.close()
         with_server(tmp_path, story)
 
+    def test_who_sends_hundreds_at_once_does_not_keep_others_waiting(self, tmp_path):
+        async def story(here):
+            reader, writer = await here.connect()
+            other = await here.connect()
+            writer.write(GET_HEALTH.replace(b"/healthz", b"/metrics") * 300)
+            await asyncio.wait_for(reader.readuntil(b"lukhas_uptime_seconds"), 10)
+            other[1].write(PING)
+            assert (await read_answer(other[0])).status == 200
+            (greedy,) = [one for one in here.connections if one._parser.buffered]
+            assert greedy._parser.buffered > 5000, "most of the hundreds still wait"
+            for one in (writer, other[1]):
+                one.transport.abort()
+        with_server(tmp_path, story)
+
     @pytest.mark.parametrize("pages", [3, 2000])
     def test_who_never_reads_is_given_up(self, tmp_path, short, pages, monkeypatch):
         """Also when what is left is too little to count as a full buffer."""
@@ -17339,6 +17378,25 @@ def refused_start(server):
 
 class TestServer:
     """The process."""
+
+    def test_without_descriptors_it_waits_and_says_so_once(self, make_server):
+        limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        server = make_server(popen={"preexec_fn": limit})
+        opened = [socket.socket() for _ in range(150)]
+        for one in opened:
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", server.port))
+        count = lambda: len(os.listdir(f"/proc/{server.process.pid}/fd"))
+        wait_until(lambda: count() >= 99, what="no descriptor left")
+        ready = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        opened[0].send(ready)
+        assert wait_until(lambda: select.select([opened[0]], [], [], 0)[0] and opened[0].recv(4096)).startswith(b"HTTP/1.1 200 ")
+        for one in opened:
+            one.close()
+        wait_until(lambda: count() < 60, what="room again")
+        server.call("promote_model", modelId="m", gate="g")
+        assert len(re.findall("out of system resource", server.stderr)) <= 2, "a line, and the exception in it"
+        server.stop()
 
     def test_it_drains_and_ends_well(self, make_server):
         """Also with clients that are silent, in the middle of a request, or read nothing."""
