@@ -1627,12 +1627,17 @@ def _fit_type(value: Any, schema: dict[str, Any], where: str) -> tuple[Any, str]
     for kind in kinds:
         if isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool)):
             return value, ""
-    return value, _problem(where, value, " or ".join(_WORDS[kind] for kind in kinds))
+    return value, _problem(where, value, _kinds_in_words(schema))
+
+
+def _kinds_in_words(schema: Mapping[str, Any]) -> str:
+    kinds = schema.get("type", "anything")
+    return " or ".join(_WORDS.get(kind, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds))
 
 
 def _clamp(value: Any, schema: dict[str, Any], kinds: list[str], where: str) -> tuple[Any, str]:
     if not isinstance(value, tuple(_TYPES[kind] for kind in kinds if kind in ("integer", "number")) or ()):
-        return value, _problem(where, value, " or ".join(_WORDS[kind] for kind in kinds))
+        return value, _problem(where, value, _kinds_in_words(schema))
     value = max(value, schema.get("minimum", value))
     return min(value, schema.get("maximum", value)), ""
 
@@ -1644,7 +1649,8 @@ def _validate_object(value: dict[str, Any], schema: dict[str, Any], where: str) 
         if fitted.get(name) is None:
             fitted.pop(name, None)
             if name in schema.get("required", ()):
-                problems.append(f"{dot}{name} is required: {part.get('description') or 'see the schema'}")
+                problems.append(f"{dot}{name} is required and {'null' if name in value else 'missing'}; allowed: "
+                                f"{_kinds_in_words(part)}. {part.get('description', '')}".rstrip())
             elif "default" in part:
                 fitted[name] = part["default"]
             continue

@@ -1483,7 +1483,7 @@ class TestSchema:
         assert json.dumps(given) == before, "what the caller gave stays as it was"
 
     @pytest.mark.parametrize(("given", "words"), [
-        ({}, ["id is required: The id."]), ({"id": None}, ["id is required"]), ({"id": ""}, ["id is ''"]),
+        ({}, ["id is required and missing; allowed: a text. The id."]), ({"id": None}, ["id is required and null; allowed: a text"]), ({"id": ""}, ["id is ''"]),
         ({"id": "a b"}, ["id is 'a b'", "at most 128"]), ({"id": True}, ["id is True", "a text"]),
         ({"id": ["a"]}, ["id is list", "a text"]), ({"id": {}}, ["id is dict"]), ({"id": -1}, ["id is '-1'"]),
         ({"id": "a", "limit": "5"}, ["limit is '5'", "a whole number"]),
@@ -15618,6 +15618,15 @@ class TestMethods:
             assert result["isError"] is True
             assert all(word in result["content"][0]["text"] for word in ("taskId", "list", "a text"))
 
+    def test_a_wrong_argument_of_any_tool_is_named_with_what_is_allowed(self):
+        told = 0
+        for one in lm.TOOLS.values():
+            for name, odd in itertools.product(one.properties, (None, True, 0, -1, 1.5, 2**70, "", "\0", [], [1], {}, {"a": 1})):
+                problems = lm.validate({**(one.examples or ({},))[0], name: odd}, one.arguments)[1]
+                assert all(text.startswith(name) and "; allowed: " in text for text in problems), (one.name, problems)
+                told += len(problems)
+        assert told > 500
+
     def test_log_levels(self, mcp):
         status, document = LegacyClient(mcp).call("logging/setLevel", level="loud")
         assert (status, document["error"]["code"]) == (200, -32602) and "warning" in document["error"]["message"]
@@ -15651,6 +15660,85 @@ class TestMethods:
         context = lm.RpcContext(lm.ANONYMOUS, {"mcp-param-n": text})
         with contextlib.nullcontext() if is_taken else pytest.raises(lm.HeaderMismatch):
             lm.check_header(context, "mcp-param-n", value, is_coded=True)
+
+
+#: What every revision must say to one request: status and code (0: a result) before 2026-07-28, and there.
+MUSTS: dict[str, tuple[str, dict[str, Any], tuple[int, int], tuple[int, int]]] = {
+    "unknown method": ("nope/nope", {}, (200, -32601), (404, -32601)),
+    "ping": ("ping", {}, (200, 0), (404, -32601)),
+    "log level": ("logging/setLevel", {"level": "info"}, (200, 0), (404, -32601)),
+    "bad log level": ("logging/setLevel", {"level": "loud"}, (200, -32602), (404, -32601)),
+    "subscribe": ("resources/subscribe", {"uri": "lukhas://gate/stage"}, (200, 0), (404, -32601)),
+    "unsubscribe": ("resources/unsubscribe", {"uri": "lukhas://gate/stage"}, (200, 0), (404, -32601)),
+    "discover": ("server/discover", {}, (200, -32601), (200, 0)),
+    "listen": ("subscriptions/listen", {"notifications": []}, (200, -32601), (400, -32602)),
+    "task": ("tasks/get", {"taskId": "job_00000000"}, (200, -32601), (400, -32021)),
+    "task list": ("tasks/list", {}, (200, -32601), (404, -32601)),
+    "task result": ("tasks/result", {"taskId": "job_00000000"}, (200, -32601), (404, -32601)),
+    "tools": ("tools/list", {}, (200, 0), (200, 0)),
+    "resources": ("resources/list", {}, (200, 0), (200, 0)),
+    "templates": ("resources/templates/list", {}, (200, 0), (200, 0)),
+    "prompts": ("prompts/list", {}, (200, 0), (200, 0)),
+    "bad cursor": ("tools/list", {"cursor": ""}, (200, -32602), (400, -32602)),
+    "call": ("tools/call", {"name": "list_jobs"}, (200, 0), (200, 0)),
+    "legacy task hint": ("tools/call", {"name": "list_jobs", "task": {"ttl": 5}}, (200, 0), (200, 0)),
+    "wrong argument": ("tools/call", {"name": "status", "arguments": {"jobId": []}}, (200, 0), (200, 0)),
+    "unknown tool": ("tools/call", {"name": "nope"}, (200, -32602), (400, -32602)),
+    "no tool": ("tools/call", {}, (200, -32602), (400, -32602)),
+    "arguments as a list": ("tools/call", {"name": "list_jobs", "arguments": []}, (200, -32602), (400, -32602)),
+    "read": ("resources/read", {"uri": "lukhas://file/docs/guide.md"}, (200, 0), (200, 0)),
+    "missing resource": ("resources/read", {"uri": "lukhas://job/job_00000000"}, (200, -32002), (400, -32602)),
+    "foreign resource": ("resources/read", {"uri": "file:///etc/passwd"}, (200, -32002), (400, -32602)),
+    "path outside": ("resources/read", {"uri": "lukhas://file/..%2f..%2fetc/passwd"}, (200, -32602), (400, -32602)),
+    "no resource": ("resources/read", {}, (200, -32602), (400, -32602)),
+    "prompt": ("prompts/get", {"name": "plan_promotion", "arguments": {"modelId": "m", "gate": "stage"}}, (200, 0), (200, 0)),
+    "unknown prompt": ("prompts/get", {"name": "nope"}, (200, -32602), (400, -32602)),
+    "missing prompt argument": ("prompts/get", {"name": "plan_promotion"}, (200, -32602), (400, -32602)),
+    "completion": ("completion/complete", {"ref": {"type": "ref/prompt", "name": "nope"}, "argument": {"name": "x", "value": ""}}, (200, 0), (200, 0)),
+    "bad completion": ("completion/complete", {"ref": {"type": "ref/other"}, "argument": {}}, (200, -32602), (400, -32602))}
+#: Words of each era or revision that no other one may hear.
+SINCE = {"resultType": "2026", "ttlMs": "2026", "cacheScope": "2026", "structuredContent": "2025-06", "outputSchema": "2025-06"}
+
+
+class TestContract:
+    """mcp-protocol.md, row by row, in every revision."""
+
+    @pytest.mark.parametrize("version", lm.REVISIONS)
+    def test_what_each_revision_must_say(self, mcp, version):
+        client = LegacyClient(mcp, version) if version != MODERN_VERSION else None
+        for what, (method, params, before, now) in MUSTS.items():
+            status, document = client.call(method, **params) if client else modern_call(mcp, method, params)
+            assert (status, document.get("error", {}).get("code", 0)) == (before if client else now), (what, document)
+            assert document["jsonrpc"] == "2.0" and document["id"] is not None and ("result" in document) != ("error" in document)
+            words = {word for word in SINCE if f'"{word}":' in json.dumps(document)}
+            assert not [word for word in words if version < SINCE[word]], (what, words)
+            if client is None and not document.get("error"):
+                assert document["result"]["resultType"] == "complete" and document["result"]["_meta"][META + "serverInfo"]["name"], what
+            if "resource" in what and "uri" in params:
+                assert document["error"]["data"] == {"uri": params["uri"]}, what
+            if what in ("ping", "log level", "subscribe", "unsubscribe") and client:
+                assert document["result"] == {}, "and nothing else"
+        assert mcp.rpc("ping")[0] == 200, "nothing of this hurt"
+
+    @pytest.mark.parametrize("version", lm.REVISIONS)
+    def test_what_http_must_say(self, mcp, version):
+        message, own = modern_message("tools/list") if version == MODERN_VERSION else ({"jsonrpc": "2.0", "id": 1, "method": "tools/list"},
+                                                                                       {"MCP-Protocol-Version": version})
+        def ask(verb: str = "POST", body: Any = message, **headers: str) -> Answer:
+            given = {"Content-Type": "application/json", **own, **{name.replace("_", "-"): value for name, value in headers.items()}}
+            return mcp.request(verb, "/mcp", None if body is None else json.dumps(body), given)
+        assert ask(Origin="http://evil.example").status == 403 and ask(Origin=mcp.url).status == 200
+        assert ask(Mcp_Session_Id="nope").status == (200 if version == MODERN_VERSION else 404)
+        assert ask("DELETE", None, Mcp_Session_Id="nope").status == (405 if version == MODERN_VERSION else 404)
+        assert ask("GET", None, Accept="text/event-stream", Mcp_Session_Id="nope").status == (405 if version == MODERN_VERSION else 404)
+        assert ask(Content_Type="text/plain").status in (400, 415) and ask("PUT").status == 405
+        note = ask(body={"jsonrpc": "2.0", "method": "notifications/whatever"})
+        assert (note.status, note.body, note.headers["content-length"]) == (202, b"", "0")
+        for accept in ("application/json, text/event-stream", "*/*", "application/json"):
+            found = ask(Accept=accept)
+            assert found.status == 200 and found.headers["content-type"] == "application/json" and "mcp-session-id" not in found.headers
+        batch = ask(body=[message])
+        assert batch.status == (200 if version == "2025-03-26" else 400)
 
 
 AGREED = {"confirm": {"action": "accept", "content": {"confirm": True}}}
