@@ -116,13 +116,14 @@ Contents:
   87. Guide        every command of the deployment guide, run word for word
   88. Package      what stands around the program: README, Dockerfile, CI, house rules, no packages
   89. Searchset    queries with known answers from any repository: `python3 test_lukhas_mcp.py benchsearch [PATH]`
-  90. Bench        figures beside a bare peer in the same run: `python3 test_lukhas_mcp.py bench`
-  91. Misuse       bad input and bad days: a clear error each, and nothing lost or half written
-  92. Conformance  the official suite, strict, on a server with its fixtures and on the real one
-  93. Clients      real ones: Python, TypeScript of both generations, the Inspector
-  94. CanaryProof  the promises of canaries on a real server, a real Prometheus and real crashes
-  95. Kills        kill -9 at every step of every changing tool: `python3 test_lukhas_mcp.py kills [N]`
-  96. Main         what the command line means
+  90. Soak         mixed load for minutes, and nothing grows: `python3 test_lukhas_mcp.py bench --soak [SECONDS]`
+  91. Bench        figures beside a bare peer in the same run: `python3 test_lukhas_mcp.py bench`
+  92. Misuse       bad input and bad days: a clear error each, and nothing lost or half written
+  93. Conformance  the official suite, strict, on a server with its fixtures and on the real one
+  94. Clients      real ones: Python, TypeScript of both generations, the Inspector
+  95. CanaryProof  the promises of canaries on a real server, a real Prometheus and real crashes
+  96. Kills        kill -9 at every step of every changing tool: `python3 test_lukhas_mcp.py kills [N]`
+  97. Main         what the command line means
 """
 
 from __future__ import annotations
@@ -20756,8 +20757,212 @@ def benchsearch_main(argv: list[str]) -> int:
 
 
 # ==============================================================================
-# 90. Bench -- figures beside a bare peer in the same run: `python3 test_lukhas_mcp.py bench`
+# 90. Soak -- mixed load for minutes, and nothing grows: `python3 test_lukhas_mcp.py bench --soak [SECONDS]`
 # uses: Front, Fakes
+# ==============================================================================
+# Reads, durable writes, files, commits, evals, canaries, streams, sessions, broken requests and
+# exports, at a pace that leaves the machine room. What must be flat is compared between the second
+# and the last quarter, since the first fills the caches. Time says little on a shared machine: what
+# stands for latency in the verdict is the server's CPU time for one operation.
+
+
+SOAK_TASKS = """[tasks.quick]
+command = ["true"]
+metrics = "exit"
+"""
+#: Operations and how often each comes among the others.
+SOAK_MIX = {"read": 30, "promote": 20, "file": 15, "search": 5, "batch": 5, "session": 5, "broken": 5, "stream": 4, "eval": 3,
+            "canary": 3, "commit": 1, "export": 1}
+SOAK_PACE_S = 0.05  # between two operations of one client; there are four
+
+
+@dataclass
+class SoakSample:
+    """How the server stands at one moment; `done` counts operations so far."""
+
+    done: int
+    rss_kib: int
+    handles: int
+    threads: int
+    wal_bytes: int
+    cpu_s: float
+
+
+class Soak:
+    """Four clients and a sampler on one server."""
+
+    def __init__(self, served: Server, seconds: float):
+        self.served, self.seconds = served, seconds
+        self.samples: list[SoakSample] = []
+        self.latencies_s: dict[str, list[tuple[float, float]]] = {name: [] for name in SOAK_MIX}
+        self.faults: list[str] = []
+        self._begun_s = time.monotonic()
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        """Load the server until the time is over; `samples`, `latencies_s` and `faults` tell how it went."""
+        clients = [threading.Thread(target=self._work, args=(number,)) for number in range(4)]
+        for one in clients:
+            one.start()
+        while not self.faults and time.monotonic() - self._begun_s < self.seconds:
+            self._stopping.wait(self.seconds / 60)
+            self.samples.append(self.sample())
+        self._stopping.set()
+        for one in clients:
+            one.join()
+
+    def sample(self) -> SoakSample:
+        """Memory, handles, threads, the write-ahead log and CPU time now."""
+        process = pathlib.Path(f"/proc/{self.served.process.pid}")
+        words = (process / "stat").read_text().rpartition(")")[2].split()
+        wal = pathlib.Path(f"{self.served.db}-wal")
+        return SoakSample(sum(map(len, self.latencies_s.values())), int(words[21]) * os.sysconf("SC_PAGE_SIZE") // 1024,
+                          len(os.listdir(process / "fd")), int(words[17]), wal.stat().st_size if wal.exists() else 0,
+                          (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK"))
+
+    def _work(self, number: int) -> None:
+        chance, names = random.Random(number), list(SOAK_MIX)
+        for at in itertools.count():
+            if self._stopping.wait(SOAK_PACE_S):
+                return
+            name = chance.choices(names, SOAK_MIX.values())[0]
+            begun_s = time.monotonic()
+            try:
+                getattr(self, "do_" + name)(at, number)
+            except Exception as error:  # told by whoever runs this
+                self.faults.append(f"{name}: {type(error).__name__}: {error}")
+                return
+            self.latencies_s[name].append((begun_s - self._begun_s, time.monotonic() - begun_s))
+
+    def do_read(self, at: int, number: int) -> None:
+        """One of the polls."""
+        name, arguments = (("list_jobs", {}), ("list_canaries", {}), ("gate_status", {"gate": "staging"}), ("why", {"id": "no-such-id"}),
+                           ("list_dir", {"path": "."}), ("fetch", {"id": "lukhas-path:UkVBRE1FLm1k"}))[at % 6]
+        self.served.call(name, **arguments)
+
+    def do_promote(self, at: int, number: int) -> None:
+        """A durable write."""
+        assert self.served.call("promote_model", modelId=f"m{at % 20}", gate="staging")["promoted"]
+
+    def do_file(self, at: int, number: int) -> None:
+        """A file of its own written, read and deleted."""
+        path = f"soak/{number}-{at % 5}.txt"
+        sha = self.served.call("write_file", path=path, contents=f"line {at}\n" * 200, overwrite=True)["sha256"]
+        sha = self.served.call("update_file", path=path, contents=f"other line {at}\n" * 200, expectSha256=sha)["sha256"]
+        assert self.served.call("delete_file", path=path, expectSha256=sha)["deleted"]
+
+    def do_search(self, at: int, number: int) -> None:
+        """The index, which follows the files."""
+        assert "ids" in self.served.call("search", query=("small repository", "line", "main")[at % 3])
+
+    def do_batch(self, at: int, number: int) -> None:
+        """Ten calls in one."""
+        calls = [{"jsonrpc": "2.0", "id": one, "method": "tools/list"} for one in range(10)]
+        assert len(self.served.request("POST", "/mcp", json.dumps(calls), {"Content-Type": "application/json"}).json) == 10
+
+    def do_session(self, at: int, number: int) -> None:
+        """A handshake; half of the clients say goodbye, the table forgets the others."""
+        params = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "soak", "version": str(number)}}
+        _, headers, _ = self.served.rpc("initialize", params)
+        if at % 2:
+            assert self.served.request("DELETE", "/mcp", headers={"Mcp-Session-Id": headers["mcp-session-id"]}).status == 204
+
+    def do_broken(self, at: int, number: int) -> None:
+        """Garbage, half a request, a stream that is left; with a reset or without."""
+        with socket.create_connection(("127.0.0.1", self.served.port), timeout=20) as connection:
+            connection.sendall((b"\x00\r\n\r\n", b"POST /mcp HTTP/1.1\r\nHost: localhost\r\n",
+                                b"GET /sse?topic=* HTTP/1.1\r\nHost: localhost\r\n\r\n")[at % 3])
+            if at % 3 == 0:
+                assert b" 400 " in connection.recv(100)
+            if at % 2:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def do_stream(self, at: int, number: int) -> None:
+        """The present state, then what happens meanwhile."""
+        with self.served.sse("*") as stream:
+            stream.until_event("open")
+            self.do_promote(at, number)
+            stream.until_event("model", "audit")
+
+    def do_eval(self, at: int, number: int) -> None:
+        """An eval, followed to its end."""
+        job_id = self.served.call("run_eval", taskId="quick", configId="soak")["jobId"]
+        assert self.served.wait_for("status", jobId=job_id)["status"] == "COMPLETED"
+
+    def do_canary(self, at: int, number: int) -> None:
+        """A canary, observed and stopped."""
+        gate = f"gate-{number}"
+        canary_id = self.served.call("start_canary", modelId=f"m{at % 20}", fromGate="staging", toGate=gate,
+                                     policy={"windowSeconds": 300, "targets": {"latency_p95_ms": 250, "max_error_rate": 0.01}})["canaryId"]
+        self.served.call("observe", gate=gate, latency_ms=[float(one) for one in range(100)], errors=0)
+        assert self.served.call("abort_canary", canaryId=canary_id)["status"] == "ROLLED_BACK"
+
+    def do_commit(self, at: int, number: int) -> None:
+        """A commit of one file."""
+        path = f"soak/commit-{number}.txt"
+        self.served.call("write_file", path=path, contents=f"{at}\n", overwrite=True)
+        assert self.served.call("git_commit", message=f"soak {at}", add=[path])["commit"]
+
+    def do_export(self, at: int, number: int) -> None:
+        """Evidence of a minute; another export may be under way."""
+        assert self.served.request("GET", "/evidence/export?from=1m").status in (200, 429)
+
+    def quarters(self) -> list[dict[str, float]]:
+        """The median of each figure in each quarter, the largest WAL, and the CPU time of an operation."""
+        count, found = len(self.samples) // 4, []
+        for part in (self.samples[at * count:(at + 1) * count] for at in range(4)):
+            names = ("rss_kib", "handles", "threads")
+            found.append({name: statistics.median(getattr(one, name) for one in part) for name in names} | {
+                "wal_kib": max(one.wal_bytes for one in part) / 1024,
+                "cpu_ms": (part[-1].cpu_s - part[0].cpu_s) * 1000 / max(1, part[-1].done - part[0].done)})
+        return found
+
+    def report(self) -> None:
+        """Print the figures of each quarter."""
+        print(f"{self.samples[-1].done} operations in {self.seconds:.0f} s, no fault; by quarter:")
+        latencies, span_s = [pair for name in ("read", "promote") for pair in self.latencies_s[name]], self.seconds / 4
+        for at, row in enumerate(self.quarters()):
+            own = sorted(taken_s * 1000 for since_s, taken_s in latencies if at * span_s <= since_s < (at + 1) * span_s)
+            print(f"  {at + 1}: resident {row['rss_kib'] / 1024:5.1f} MiB, handles {row['handles']:3.0f}, threads {row['threads']:2.0f}, "
+                  f"WAL at most {row['wal_kib']:5.0f} KiB, CPU {row['cpu_ms']:5.2f} ms an operation, "
+                  f"reads and promotions p50 {own[len(own) // 2]:5.1f} ms, p99 {own[-len(own) // 100]:6.1f} ms")
+
+
+def soak(folder: pathlib.Path, seconds: float) -> Soak:
+    """A server under mixed load, looked at before, meanwhile and after."""
+    served = Server(folder, {"CANARY_INTERVAL_SECONDS": "1"})
+    (served.repo / "lukhas.toml").write_text(SOAK_TASKS)
+    served.start()
+    try:
+        found = Soak(served, seconds)
+        before = found.sample()
+        found.run()
+        assert not found.faults, (found.faults, served.stderr[-2000:])
+        wait_until(lambda: found.sample().handles <= before.handles + 10, 20, "handles back to what they were")
+        assert served.request("GET", "/readyz").status == 200
+    finally:
+        served.stop(30)
+    assert lm.verify_log(str(served.db)).fault is None
+    return found
+
+
+class TestSoak:
+    """A minute of it in CI; ten are `bench --soak`."""
+
+    def test_nothing_grows_under_mixed_load(self, tmp_path):
+        if not os.path.isdir("/proc/self/fd"):
+            pytest.skip("no /proc here")
+        found = soak(tmp_path, 60 if IS_CI else 20)
+        assert all(found.latencies_s.values()), "every operation was reached"
+        _, then, _, now = found.quarters()
+        assert now["rss_kib"] < then["rss_kib"] + 8 * 1024 and now["handles"] <= then["handles"] + 10, (then, now)
+        assert now["threads"] <= then["threads"] + 4 and now["cpu_ms"] < then["cpu_ms"] * 2, (then, now)
+        assert max(row["wal_kib"] for row in found.quarters()) < 16 << 10
+
+
+# ==============================================================================
+# 91. Bench -- figures beside a bare peer in the same run: `python3 test_lukhas_mcp.py bench`
+# uses: Front, Fakes, Soak
 # ==============================================================================
 # Nothing here is asserted: a figure of a busy machine is no verdict. Each throughput stands beside
 # that of a bare asyncio protocol with the same loop and JSON library, asked by the same client in
@@ -20989,12 +21194,16 @@ def bench_main(argv: list[str]) -> int:
     """Print every figure; `--quick` takes fewer rounds."""
     parser = argparse.ArgumentParser(prog="test_lukhas_mcp.py bench", description=bench_main.__doc__)
     parser.add_argument("--quick", action="store_true", help="shorter rounds")
+    parser.add_argument("--soak", type=float, nargs="?", const=600.0, metavar="SECONDS", help="only mixed load, for ten minutes")
     parser.add_argument("--only", choices=("start", "calls", "fan", "canaries"), help="one part only")
     options = parser.parse_args(argv)
     loop = "uvloop" if lm.uvloop else "asyncio"
     print(f"Python {sys.version.split()[0]}, {loop}, {'orjson' if lm.orjson else 'json'}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
+        if options.soak:
+            soak(folder, options.soak).report()
+            return 0
         if options.only in (None, "start"):
             bench_start(folder, 5 if options.quick else 20)
         if options.only in (None, "calls"):
@@ -21008,7 +21217,7 @@ def bench_main(argv: list[str]) -> int:
 
 
 # ==============================================================================
-# 91. Misuse -- bad input and bad days: a clear error each, and nothing lost or half written
+# 92. Misuse -- bad input and bad days: a clear error each, and nothing lost or half written
 # uses: Front, Fakes, Package
 # ==============================================================================
 # Against real processes: wrong keys, wrong bytes, wrong types, unknown ids, paths that lead out, a
@@ -21684,7 +21893,7 @@ class TestPrometheusMisused:
 
 
 # ==============================================================================
-# 92. Conformance -- the official suite, strict, on a server with its fixtures and on the real one
+# 93. Conformance -- the official suite, strict, on a server with its fixtures and on the real one
 # uses: Front, Fakes
 # ==============================================================================
 # The suite wants tools, resources and prompts of its own. They are declared by the decorators that
@@ -22170,7 +22379,7 @@ class TestConformance:
 
 
 # ==============================================================================
-# 93. Clients -- real ones: Python, TypeScript of both generations, the Inspector
+# 94. Clients -- real ones: Python, TypeScript of both generations, the Inspector
 # uses: Front, Fakes, Conformance
 # ==============================================================================
 # Each one lists, searches, runs an eval with progress, reads and subscribes a resource, completes an
@@ -22411,7 +22620,7 @@ class TestClients:
 
 
 # ==============================================================================
-# 94. CanaryProof -- the promises of canaries on a real server, a real Prometheus and real crashes
+# 95. CanaryProof -- the promises of canaries on a real server, a real Prometheus and real crashes
 # uses: Front, Fakes, Promql, Prometheus, Judge, Watch, Canary
 # ==============================================================================
 # Time is shortened ten times: a tick is a second of ours and ten of the simulator's. What a query
@@ -23039,7 +23248,7 @@ def bench_hooks(folder: pathlib.Path, count: int) -> None:
 
 
 # ==============================================================================
-# 95. Kills -- kill -9 at every step of every changing tool: `python3 test_lukhas_mcp.py kills [N]`
+# 96. Kills -- kill -9 at every step of every changing tool: `python3 test_lukhas_mcp.py kills [N]`
 # uses: Front, Fakes, GitTools, Undo
 # ==============================================================================
 # A fork of this process runs one tool and kills itself before one of its steps (a call that changes
@@ -23285,7 +23494,7 @@ class TestKills:
 
 
 # ==============================================================================
-# 96. Main -- what the command line means
+# 97. Main -- what the command line means
 # uses: Front
 # ==============================================================================
 
