@@ -890,8 +890,8 @@ class Sample:
             document["requests"] = self.requests
         if self.increments is not None:
             document["increments"] = list(self.increments)
-        if "watch" in self.facts:
-            document["watch"] = self.facts["watch"]  # ticks since the promotion
+        # What the queries are about (model, gate or none), and the ticks since the promotion.
+        document |= {name: self.facts[name] for name in ("attribution", "overlaps", "watch") if name in self.facts}
         return document
 
 
@@ -7502,7 +7502,7 @@ class StubSampler:
 # uses: Ground, Errors, Vocabulary, Store, Brakes, Actuation, Policy, Judge
 # ==============================================================================
 # Ticks lie on a grid from the start, so nothing drifts. A tick is one transaction: the sample, its
-# event, and what the verdict sets in motion; it begins with a look at the row, so whoever decided
+# event, its audit row, and what the verdict sets in motion; it begins with a look at the row, so whoever decided
 # first has decided. A tick without a value is stored as 9999 ms and 1.0 with the class of why.
 
 
@@ -7671,11 +7671,8 @@ class Watch:
         """Judge a sample and commit it with all that follows; a database that is away is waited for."""
         if self._is_over():
             return
-        before = self.verdict.tick_class
         self.verdict = self.judge.add(sample)
-        sample = replace(sample, verdict=self.verdict.tick_class)
-        step = Step(self.policy, sample, self.verdict, is_notable=bool(
-            sample.missing or before not in ("", self.verdict.tick_class)))
+        step = Step(self.policy, replace(sample, verdict=self.verdict.tick_class), self.verdict)
         while True:
             try:
                 self.canary = await self._store.write(lambda tx: self._write(tx, step))
@@ -7721,11 +7718,10 @@ def _describe_reading(reading: Reading) -> dict[str, Any]:
 class Step:
     """One judged sample on its way into the database."""
 
-    def __init__(self, policy: Policy, sample: Sample, verdict: Verdict, *, is_notable: bool):
+    def __init__(self, policy: Policy, sample: Sample, verdict: Verdict):
         self.policy = policy
         self.sample = sample
         self.verdict = verdict
-        self.is_notable = is_notable
 
     def tell(self, tx: Transaction, canary: Canary, further: Mapping[str, Any] | None = None) -> None:
         """Store the sample, and tell it."""
@@ -7733,18 +7729,17 @@ class Step:
         tx.publish("canary", canary.canary_id, "metric", self._body(canary, self.narrate()) | dict(further or {}))
 
     def note(self, tx: Transaction, canary: Canary) -> None:
-        """The audit row of a tick that differs from the one before."""
+        """The audit row of a tick that decided nothing; the queries as sent stand with the sample."""
         sample = self.sample
-        if self.is_notable:
-            details = {"canaryId": canary.canary_id, "tick": sample.tick, "verdict": sample.verdict,
-                       "latency_p95_ms": sample.latency_p95_ms, "error_rate": sample.error_rate,
-                       "source": sample.source, "missing": sample.missing, "numbers": self.verdict.numbers}
-            tx.record(AuditRecord(SYSTEM_ACTOR, "canary_sample", (canary.canary_id,), self.narrate(), details,
-                                  kind="canary"))
+        details = {"canaryId": canary.canary_id, "tick": sample.tick, "verdict": sample.verdict,
+                   "latency_p95_ms": sample.latency_p95_ms, "error_rate": sample.error_rate, "source": sample.source,
+                   "missing": sample.missing, "numbers": self.verdict.numbers}
+        tx.record(AuditRecord(SYSTEM_ACTOR, "canary_sample", (canary.canary_id,), self.narrate(), details, kind="canary"))
 
     def keep_back(self, tx: Transaction, canary: Canary) -> Canary:
         """A promotion that a freeze, or a pause in memory, does not let happen; told once."""
         if canary.reason == FROZEN:
+            self.note(tx, canary)
             return canary
         moved = tx.move_canary(canary.canary_id, (CanaryStatus.RUNNING,), reason=FROZEN)
         message = (f"canary {canary.canary_id} of {canary.model_id} would be promoted to {canary.to_gate} now "
@@ -7761,7 +7756,7 @@ class Step:
                 "gate": canary.to_gate, "window": plain_number(self.policy.window_s), "tick": sample.tick,
                 "ticks": self.policy.last_tick, "elapsedSeconds": round(sample.elapsed_s, 3),
                 "verdict": sample.verdict, "missing": sample.missing, "asked": sample.facts.get("asked"),
-                "requests": sample.requests, "narrative": narrative}
+                "attribution": sample.facts.get("attribution"), "requests": sample.requests, "narrative": narrative}
 
     def narrate(self) -> str:
         """The tick as a sentence."""
@@ -7901,8 +7896,7 @@ class Vigil(Watch):
             return _end_watch(tx, canary)
         sample = step.sample
         facts = {**sample.facts, SINCE: sample.tick}
-        stored = Step(step.policy, replace(sample, tick=self._first_tick + sample.tick, facts=facts), step.verdict,
-                      is_notable=step.is_notable)
+        stored = Step(step.policy, replace(sample, tick=self._first_tick + sample.tick, facts=facts), step.verdict)
         stored.tell(tx, canary, {SINCE: sample.tick})
         if step.verdict.decision == "rollback":
             return self._object(tx, canary, step)
@@ -8022,6 +8016,9 @@ class CanaryStarts:
             known = {gate} if self._store.was_held(gate) else {*self._plan.gates, *self._store.known_gates()}
             near = "" if gate in known else name_nearest(gate, known)
             found.append(f"the gate {gate} has no operator limits; set [gates.{gate}] in lukhas.toml{near}")
+        elif self._sampler.source == "embedded" and not self._config.api_keys.strip():
+            found.append("this server has no keys, so whoever starts a canary may push the observations that decide it; "
+                         "set LUKHAS_MCP_API_KEYS")
         if canary.from_gate == gate:
             found.append("fromGate and toGate are the same gate")
         elif canary.from_gate not in self._store.gates_of(canary.model_id):
