@@ -17393,12 +17393,12 @@ async def tool_run_eval(services: Services, call: Call) -> dict[str, Any]:
 
 @tool("status", title="Status of an eval", arguments=shape(("jobId",), jobId=_id_of("the job")), output=JOB_FULL,
       examples=({"jobId": "job_00000000"},))
-async def tool_status(services: Services, call: Call) -> dict[str, Any]:
+async def tool_status(services: Services, call: Call) -> ToolResult:
     """Tell where an eval is, and its result once it has ended."""
     job = services.store.find_job(call.get("jobId"))
     if job is None:
         raise name_missing("jobId", call.get("jobId"))
-    return job.to_wire(is_full=True)
+    return ToolResult(job.to_wire(is_full=True), is_untrusted=bool(job.result or job.reason or job.progress))
 
 
 @tool("cancel_job", title="Cancel an eval", hints=STOPS, role="operator", level="changes",
@@ -17445,7 +17445,7 @@ async def tool_why(services: Services, call: Call) -> ToolResult:
     text = "\n".join(lines) or f"No audit narrative found for: {entity_id}"
     events = [{"auditId": row.audit_id, "ts": row.ts, "actor": row.actor, "action": row.action,
                "details": read_details(row.payload)} for row in rows]
-    return ToolResult({"id": entity_id, "events": events, "text": text}, text)
+    return ToolResult({"id": entity_id, "events": events, "text": text}, text, is_untrusted=bool(rows))
 
 
 def read_details(payload: str) -> dict[str, Any]:
