@@ -12538,7 +12538,7 @@ def ask_rare(query: Query, counts: Mapping[str, int], total: int) -> str:
     """The FTS5 expression for documents with any of the rarer terms; "" if none is rare."""
     known = sorted((word for word in query.terms if counts[word]), key=lambda word: counts[word])
     rare = [word for word in known if counts[word] <= _COMMON * total + 1] or known[:1]
-    parts = [part for word, its in query.terms.items() if not counts[word] for part in its]
+    parts = [part for word, its in query.terms.items() if not counts[word] for part in its if len(part) > 1]
     return " OR ".join(map(_quote, dict.fromkeys((rare + parts)[:_MAX_RARE])))
 
 
@@ -14780,6 +14780,7 @@ _BUSY_S = 60.0  # so long after a search sweeps go on
 _PATHS_S = 5.0
 _STOP_S = 3.0
 _BACKOFF_S = (1.0, 60.0)
+_WELL_S = 5.0  # an indexer that was ready and has lived so long did not end by a fault of its own
 _SMALL_FILES = 3000  # an index of so many is made without taking much memory
 _SPOILT = (1, 11, 26)  # SQLite's codes for no such table, a damaged file, no database
 # As a module the file is compiled once and kept: a start takes a fifth of the time and half the memory.
@@ -14833,7 +14834,7 @@ class Finder:
         self._task: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._swept: asyncio.Future[None] | None = None
-        self._swept_s = self._asked_s = -1e9
+        self._swept_s = self._asked_s = self._ready_s = -1e9
         self._is_over = False
 
     @property
@@ -14908,7 +14909,7 @@ class Finder:
             fault = await self._run_indexer()
             if fault is None:
                 continue  # it has made an index and left to be started anew, without the memory of that
-            if self._clock.monotonic_s() - begun_s > most_s:
+            if self._clock.monotonic_s() - begun_s > (_WELL_S if self._ready_s > begun_s else most_s):
                 delay_s = _BACKOFF_S[0]
             if not self._is_over:
                 log.warning("the indexer has ended: %s; it starts again in %g s", fault or "without a word", delay_s)
@@ -14922,6 +14923,7 @@ class Finder:
         prefix = sys.pycache_prefix or ("" if is_compiled else os.path.join(self._folder, "compiled"))
         cache = ["-X", f"pycache_prefix={prefix}"] if prefix else []
         try:
+            os.makedirs(self._folder, 0o700, exist_ok=True)  # it may have been cleared away
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-S", *cache, "-c", _BOOT, program, stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, env=child_environment(),
@@ -14962,6 +14964,7 @@ class Finder:
         elif report["state"] == "ready":
             self._take_index(report["path"])
             self.state = IndexState("ready", report["files"], report["files"])
+            self._ready_s = self._clock.monotonic_s()
             return ""
         elif self.state.state != "ready":  # a ready one stays in use while its successor is made
             if not self.state.files and report["files"]:

@@ -12513,6 +12513,19 @@ class TestFinder:
                 await until(is_seen)
         run_async(main(), 40)
 
+    def test_a_state_folder_that_was_cleared_away_is_made_again(self, repo, tmp_path):
+        async def main():
+            async with open_finder(repo, tmp_path / "state") as finder:
+                await until(lambda: finder.state.state == "ready" and finder.process_id)
+                shutil.rmtree(tmp_path / "state")
+                os.kill(finder.process_id, signal.SIGKILL)
+                put_files(repo, **{"new.txt": "an okapi"})
+
+                async def is_seen():
+                    return await found_paths(finder, "okapi") == ["new.txt"]
+                await until(is_seen)
+        run_async(main(), 40)
+
     def test_a_damaged_index_is_made_anew_under_way(self, repo, tmp_path):
         async def main():
             open_index(repo, tmp_path / "state")
@@ -12541,7 +12554,8 @@ class TestFinder:
 
     def test_an_indexer_that_cannot_start_is_told_and_searching_goes_on(self, repo, tmp_path):
         async def main():
-            finder = lm.Finder(open_corpus(repo), str(tmp_path / "missing" / "folder"), lm.SystemClock())
+            (tmp_path / "file").touch()
+            finder = lm.Finder(open_corpus(repo), str(tmp_path / "file" / "folder"), lm.SystemClock())
             await finder.start()
             await until(lambda: finder.state.state == "off")
             assert "can't be started" in finder.state.reason
@@ -20457,8 +20471,8 @@ class TestSmoke:
 # 89. Searchset -- queries with known answers from any repository: `python3 test_lukhas_mcp.py benchsearch [PATH]`
 # uses: Front, Fakes, Finder
 # ==============================================================================
-# Four kinds, in the proportions of the design: words of a definition's first sentence, names,
-# fragments of paths, subjects of small commits. An answer is right when it is one of the accepted
+# Four kinds, in the proportions of the design: words of a docstring's first sentence, of a Go comment or
+# of a heading and its first paragraph; names; fragments of paths; subjects of small commits. An answer is right when it is one of the accepted
 # paths; byte-identical copies of one count as well. The same seed makes the same queries.
 
 
@@ -20467,7 +20481,7 @@ _STOP = frozenset("a an and are as at be been but by can did do does for from ha
                   "must no not of on only or should so such than that the their then there these they this to use "
                   "used uses using was we were what when where which will with you your return returns".split())
 _GO_DOC = re.compile(r"((?:^//.*\n)+)(?:func(?: \([^)]*\))?|type) (\w+)", re.M)
-_HEADING = re.compile(r"^(?:#{1,3} (.+)\n|(.+)\n[=~-]{4,}\n)\s*([^#\s].{30,})", re.M)
+_HEADING = re.compile(r"^(?:#{1,3} (.+)\n|(.+)\n[=~-]{4,}\n)\s*([^#\s].{30,}(?:\n.+)*)", re.M)
 
 
 @dataclass(frozen=True)
@@ -20516,7 +20530,7 @@ class Searchset:
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                     self.names[node.name].add(path)
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
-                    self.sentences.append((path, ast.get_docstring(node) or ""))
+                    self.sentences.append((path, re.split(r"\.\s|\n\s*\n", ast.get_docstring(node) or "")[0]))
         elif path.endswith(".go"):
             for comment, name in _GO_DOC.findall(text):
                 self.sentences.append((path, comment.replace("//", " ")))
@@ -20533,8 +20547,7 @@ class Searchset:
         found = [(path, text) for path, text in self.sentences if len(text) > 40]
         self.chance.shuffle(found)
         seen = set()
-        for path, text in found:
-            sentence = re.split(r"\.\s|\n\s*\n", text.strip())[0]
+        for path, sentence in found:
             words = [word for word in re.findall(r"[A-Za-z][A-Za-z0-9_]{2,}", sentence) if word.lower() not in _STOP]
             if len(set(words)) < 5 or sentence in seen:
                 continue
