@@ -12605,7 +12605,7 @@ def _score_path(query: Query, path: str) -> float:
     score = 14.0 * (covered / len(query.terms)) ** 4 + 3.5 * min(1.0, named / max(stem_words, 1))
     score -= (not query.asks_tests and not _TEST_WORDS.isdisjoint(in_path)) + (not _STALE_WORDS.isdisjoint(in_path))
     if not _LOG_WORDS.isdisjoint(in_path) and (base.endswith(_LOG_ENDINGS) or "." not in base):
-        score -= 2.5  # it mentions everything that there is
+        score -= 2.0  # it mentions everything that there is
     return score + _score_literal(query.literal, path.lower())
 
 
