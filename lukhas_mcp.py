@@ -15359,6 +15359,7 @@ class Exchange:
     """The client behind one request; this one hears nothing before the answer and can't be asked."""
 
     capabilities: Mapping[str, Any] = {}
+    tells_words = True  #: its revision knows the message of a progress
     is_waiting = False  #: it gave a progress token: it waits for the end and wants to be told
     wants_task = False  #: it declared the tasks extension
 
@@ -15519,7 +15520,7 @@ class LiveExchange(Exchange):
         if self._token is None or done <= self._done:
             return
         self._done = done
-        known = {"total": total, "message": message or None}
+        known = {"total": total, "message": message if message and self.tells_words else None}
         self.outlet.send(notification("notifications/progress", {
             "progressToken": self._token, "progress": done,
             **{name: value for name, value in known.items() if value is not None}}))
@@ -15794,7 +15795,7 @@ class Session:
     principal: Principal
     listener: Listener
     version: str = ""
-    capabilities: Mapping[str, Any] = field(default_factory=dict)
+    capabilities: dict[str, Any] = field(default_factory=dict)
     client: str = ""
     level: str | None = None
     seen_s: float = 0.0
@@ -18832,6 +18833,8 @@ class Revision:
     has_structured: bool = True
     has_completions: bool = True
     has_titles: bool = True
+    has_elicitation: bool = True
+    has_progress_words: bool = True
     new_words: frozenset[str] = frozenset()
     has_resuming: bool = False
     blocks: frozenset[str] = frozenset(("text", "image", "resource", "audio", "resource_link"))
@@ -18852,9 +18855,10 @@ class Revision:
 
 _SINCE_06_18 = frozenset(("title", "outputSchema", "_meta"))
 REVISIONS = {one.name: one for one in (
-    Revision("2024-11-05", has_structured=False, has_completions=False, has_titles=False,
+    Revision("2024-11-05", has_structured=False, has_completions=False, has_titles=False, has_elicitation=False,
+             has_progress_words=False,
              new_words=_SINCE_06_18 | {"annotations"}, blocks=frozenset(("text", "image", "resource"))),
-    Revision("2025-03-26", has_batches=True, has_structured=False, has_titles=False, new_words=_SINCE_06_18,
+    Revision("2025-03-26", has_batches=True, has_structured=False, has_titles=False, has_elicitation=False, new_words=_SINCE_06_18,
              blocks=frozenset(("text", "image", "resource", "audio"))),
     Revision("2025-06-18"),
     Revision("2025-11-25", has_resuming=True),
@@ -19164,6 +19168,8 @@ def _meet(services: Services, peer: Peer, name: str, params: dict[str, Any]) -> 
             peer.client = SessionExchange(Spool(str(next(session.numbers))) if can_resume else Outlet(), session, token)
     elif token is not None:
         peer.client = LiveExchange(Outlet(), {}, token, None)
+    if not peer.revision.has_progress_words and peer.client is not SILENT:
+        peer.client.tells_words = False
 
 
 def _meet_modern(services: Services, peer: Peer, name: str, params: dict[str, Any], token: str | int | None) -> None:
@@ -19318,7 +19324,9 @@ async def rpc_initialize(services: Services, peer: Peer, params: dict[str, Any])
         revision = REVISIONS[NEWEST_LEGACY]
     session = peer.context.line or services.sessions.begin(peer.principal, services.clock.monotonic_s())
     session.version = revision.name
-    session.capabilities = params["capabilities"] if isinstance(params.get("capabilities"), dict) else {}
+    session.capabilities = dict(params["capabilities"]) if isinstance(params.get("capabilities"), dict) else {}
+    if not revision.has_elicitation:
+        session.capabilities.pop("elicitation", None)
     session.client = client_name(params["clientInfo"]) if isinstance(params.get("clientInfo"), dict) else ""
     peer.session = session
     server = {"name": SERVER_NAME, "version": __version__}
@@ -19478,7 +19486,7 @@ async def rpc_resources_read(services: Services, peer: Peer, params: dict[str, A
         raise _missing_resource(peer, uri, error.message) from None
     except ToolError as error:
         raise InvalidParams(error.message, data={"uri": uri}) from None
-    return {"contents": [{"uri": uri, "mimeType": one.mime_type, **contents}]}
+    return {"contents": [peer.revision.fit({"uri": uri, "mimeType": one.mime_type, **contents})]}
 
 
 def _missing_resource(peer: Peer, uri: str, message: str) -> InvalidParams:

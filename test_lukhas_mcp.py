@@ -15215,6 +15215,21 @@ class TestRevisions:
         status, document = post(mcp, [{"jsonrpc": "2.0", "id": 5, "result": {}}, batch[0]], client.headers)
         assert status == 400 and document["error"]["code"] == -32600
 
+    @pytest.mark.parametrize("version", [name for name, revision in lm.REVISIONS.items() if not revision.is_modern])
+    def test_what_an_older_client_is_not_told_and_not_asked(self, mcp, version):
+        client = LegacyClient(mcp, version, {"elicitation": {}})
+        contents = client.result("resources/read", uri="lukhas://file/README.md")["contents"][0]
+        assert ("_meta" in contents) is (version >= "2025-06-18")
+        with client.stream("tools/call", 1, **call_message("run_eval", {"taskId": "steps", "configId": "ci"}, "t")["params"]) as stream:
+            told = messages_until_answer(stream)[0]["params"]
+        assert ("message" in told) is (version >= "2025-03-26")
+        with client.stream("tools/call", 2, name="promote_model", arguments={"modelId": f"asked-{version}", "gate": "prod"}) as stream:
+            if version >= "2025-06-18":
+                assert stream.until(lambda frame: frame.event == "message")[-1].json["method"] == "elicitation/create"
+                assert client.notify("notifications/cancelled", requestId=2) == 202
+            else:
+                assert stream.headers["content-type"] == "application/json" and "PENDING" in stream.read_rest().decode()
+
     def test_modern_words_never_reach_a_legacy_client(self, mcp):
         for version in LEGACY:
             client = LegacyClient(mcp, version)
