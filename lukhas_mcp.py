@@ -3383,6 +3383,7 @@ CREATE INDEX IF NOT EXISTS jobs_by_time ON jobs (started_at);
 CREATE INDEX IF NOT EXISTS jobs_by_status ON jobs (status);
 CREATE INDEX IF NOT EXISTS jobs_by_key ON jobs (idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX IF NOT EXISTS canaries_by_time ON canaries (created_at);
+CREATE INDEX IF NOT EXISTS canaries_by_model ON canaries (model_id, created_at);
 CREATE INDEX IF NOT EXISTS canaries_by_status ON canaries (status);
 CREATE INDEX IF NOT EXISTS canaries_by_key ON canaries (idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX IF NOT EXISTS metrics_by_canary ON canary_metrics (canary_id, id);
@@ -3663,6 +3664,11 @@ class Reads(KeptReads):
         rows = self._all(f"SELECT {_CANARY} FROM canaries WHERE {where} ORDER BY created_at DESC, rowid DESC LIMIT ?",
                          *values, limit)
         return [_to_canary(row) for row in rows]
+
+    def canaries_of(self, model_id: str, limit: int) -> list[Canary]:
+        """The newest canaries of a model first."""
+        return [_to_canary(row) for row in self._all(
+            f"SELECT {_CANARY} FROM canaries WHERE model_id=? ORDER BY created_at DESC LIMIT ?", model_id, limit)]
 
     def list_waiting(self, gate: str = "") -> list[Canary]:
         """Canaries that wait for a gate, or for any, the longest waiting first."""
@@ -16312,7 +16318,7 @@ class ReadLog:
 
 
 NAMES_WITHIN = 1000  # characters of a query
-RECENT = 100  # of each kind are looked at; an older one is found by its id
+RECENT = 100  # of each kind are looked at; an older one is found by its id, a canary also by its model
 STATUS_WORDS = {
     "QUEUED": "waiting", "RUNNING": "active progress", "COMPLETED": "done passed success succeeded", "PENDING": "waiting",
     "FAILED": "failure fail error lost", "CANCELLED": "cancel canceled aborted stopped", "TIMED_OUT": "timeout",
@@ -16418,6 +16424,7 @@ def list_operations(store: Store, text: str) -> Iterator[Operation]:
         for key in (chunk, f"model:{chunk}"):
             if named := find_operation(store, key):
                 yield named
+        yield from map(from_canary, store.canaries_of(chunk, RECENT))
     if not OUR_WORDS.isdisjoint(parse_query(text).terms) or any(store.load_audits(one, 1) for one in chunks):
         yield from map(from_job, store.list_jobs(RECENT))
         yield from map(from_canary, store.list_canaries(RECENT))

@@ -13517,6 +13517,9 @@ class TestSearchTools:
             assert found["results"][0]["title"] and found["results"][0]["url"] and found["hits"][0]["snippet"]
         assert aborted not in server.call("search", query="guide line two")["ids"]
         assert len(server.call("search", query="canary", limit=2)["ids"]) <= 2
+        for number in range(lm.RECENT + 1):
+            server.call("start_canary", modelId=f"other-{number}", dryRun=True, **start)
+        assert server.call("search", query="rollback lukhas-v4")["ids"][0] == aborted, "however many came after it"
 
     def test_operations_are_fetched_as_documents(self, make_server):
         server = make_server()
