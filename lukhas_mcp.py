@@ -17619,8 +17619,9 @@ async def tool_list_canaries(services: Services, call: Call) -> dict[str, Any]:
     """List canaries, the newest first."""
     wanted = (call.get("status"),) if call.get("status") else ()
     found = services.store.list_canaries(call.get("limit"), wanted, call.get("gate") or "")
-    return {"canaries": [{**canary.to_wire(), "reason": canary.reason, "ticks": services.canaries.ticks_of(canary)}
-                         for canary in found], "frozen": services.brakes.find_freeze(services.store)}
+    return {"canaries": [{**canary.to_wire(), "reason": canary.reason, "ticks": services.canaries.ticks_of(canary),
+                          "actuation": actuation_of(services.store.load_deliveries(canary.canary_id))} for canary in found],
+            "frozen": services.brakes.find_freeze(services.store)}
 
 
 @tool("observe", title="Push observations", hints={**WRITES, "idempotentHint": False}, role="observe", level="all",

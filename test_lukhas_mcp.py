@@ -205,7 +205,7 @@ def enter_environment() -> None:
 
 if __name__ == "__main__":
     enter_environment()
-elif importlib.util.find_spec("h11") is None:
+elif importlib.util.find_spec("hypothesis") is None:
     # Imported by a program that has none of the packages, such as lab/canary_sim.py: borrow them.
     make_environment(read_requirements())
     site.addsitedir(sysconfig.get_path("purelib", "venv", vars={"base": str(find_environment(read_requirements()))}))
@@ -18475,8 +18475,11 @@ class TestCockpit:
         view.sees("#why-trail", "dry run of")
 
     def test_a_freeze_a_revert_and_a_second_person_s_yes_are_a_click_away(self, make_server, tmp_path, look):
-        (tmp_path / "lukhas.toml").write_text('[gates.open]\n[gates.asked]\npromote = "approve"\n')
+        (tmp_path / "lukhas.toml").write_text(
+            '[gates.open]\n[gates.asked]\npromote = "approve"\n[hooks.gone]\nurl = "http://127.0.0.1:9/"\n[defaults]\nonRollback = "gone"\n')
         server = make_server(LUKHAS_MCP_CONFIG=tmp_path / "lukhas.toml")
+        aborted = server.call("start_canary", modelId="v0", fromGate="stage", toGate="open", targets=GOOD_TARGETS)["canaryId"]
+        server.call("abort_canary", canaryId=aborted)
         for model_id in ("v1", "v2"):
             server.call("promote_model", modelId=model_id, gate="open")
         waiting = server.call("promote_model", modelId="v3", gate="asked")["canaryId"]
@@ -18494,6 +18497,7 @@ class TestCockpit:
         assert server.call("gate_status", gate="open")["holder"]["modelId"] == "v1", "a freeze keeps no revert back"
         view.page.reload()
         view.goes_live().sees("#frozen", "incident 7")
+        view.sees(view.row(aborted), "hooks: being called")
         view("#frozen").get_by_role("button").click()
         view("#unfreeze-dialog").get_by_role("button", name="Unfreeze", exact=True).click()
         view.expect(view("#frozen")).to_be_hidden()
