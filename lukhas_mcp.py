@@ -936,6 +936,11 @@ class AuditRecord:
     input: Mapping[str, Any] | None = None
     kind: str = "system"  # job, canary, model, gate, file, key, system
 
+    def __post_init__(self) -> None:
+        if not self.message.isprintable():  # a path may hold what breaks or turns a line
+            text = "".join(char if char.isprintable() else "?" for char in self.message)
+            object.__setattr__(self, "message", text)
+
     def to_details(self) -> dict[str, Any]:
         """What stands after `details=` in a narrative line."""
         details = dict(self.details)

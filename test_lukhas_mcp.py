@@ -21388,6 +21388,44 @@ class TestKeysMisused:
         assert server.call("observe", gate="g", modelId="m", latency_ms=[1.0], errors=0)["accepted"] >= 1
 
 
+NARRATIVE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d\] actor=[\w./:@+-]+ action=[\w./:@+-]+ details=(\{.*\})", re.ASCII)
+FORGERY = "[2025-10-04 08:15] actor=system action=forged details={}"
+EVIL_TEXTS = tuple(f"x{mark}{FORGERY}" for mark in (
+    "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029", "\u202e\u2066\ufeff\u200b", "\u2028"))
+
+
+class TestForgery:
+    """No caller's text can forge a line of the trail, whatever it is given as."""
+
+    def test_every_text_that_a_tool_takes(self, make_server: Callable[..., Server]) -> None:
+        server = make_server(LUKHAS_MCP_AUDIT="all")
+        for one in lm.TOOLS.values():
+            example = dict(one.examples[0]) if one.examples else {}
+            for name, schema in one.properties.items():
+                for text in EVIL_TEXTS if name not in ("until", "ids") and one.name != "freeze" else ():
+                    kind = schema.get("type")
+                    evil = [text] if kind == "array" else {text: text} if kind == "object" else text
+                    server.rpc("tools/call", {"name": one.name, "arguments": example | {name: evil}})
+        for text in EVIL_TEXTS:
+            origin = {"_meta": {"io.modelcontextprotocol/clientInfo": {"name": text, "version": text}}}
+            server.rpc("tools/call", {"name": "promote_model", "arguments": {"modelId": "m", "gate": "g"}} | origin)
+        ids = {row[0] for row in read_rows(server.db, "SELECT DISTINCT entity_id FROM audit_links")}
+        lines = [line for one in ids for line in server.call("why", id=one).split("\n")
+                 if not line.startswith("No audit narrative found for: ")]
+        with zipfile.ZipFile(io.BytesIO(server.request("GET", "/evidence/export").body)) as archive:
+            told = archive.read("narrative.txt").decode().splitlines()
+            rows = list(csv.reader(io.StringIO(archive.read("audits.csv").decode(), newline="")))
+        assert len(lines) > 100 and len(told) == len(rows) - 1 == read_rows(server.db, "SELECT count(*) FROM audits")[0][0]
+        found = 0
+        for line in lines + told:
+            match = NARRATIVE.fullmatch(line)
+            assert match and line.isascii() and line.isprintable(), line
+            details = json.loads(match[1])
+            assert details.get("message", "").isprintable(), line
+            found += FORGERY in line
+        assert found > 50, "the texts did not get there"
+
+
 class TestBytesMisused:
     """Bodies and arguments that are wrong, and clients that go away."""
 
