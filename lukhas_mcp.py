@@ -2783,6 +2783,7 @@ class ChainCheck:
     def __init__(self, checkpoints: Iterable[Checkpoint] = (), *, before: tuple[int, str] | None = None):
         self.rows = 0
         self.notes: list[str] = []
+        self.met: set[int] = set()  # rows of checkpoints that fit
         self.last_id, self.last_hash = before or (0, GENESIS)
         self._is_part = before is not None
         self._is_begun = self._is_part and self.last_id > 0
@@ -2799,6 +2800,9 @@ class ChainCheck:
             self.rows += 1
             if row.digest is None:
                 self._unhashed.append(row)
+                if row.audit_id in self._marks:  # else one could change rows, take their hashes away and have them adopted anew
+                    return (f"an audit row from {self._unhashed[0].audit_id} to {row.audit_id} was changed: they have no hash, "
+                            f"and the checkpoint of {self._marks[row.audit_id][0].ts} knows one of row {row.audit_id}")
             elif fault := self._take(row):
                 return fault
         return self._find_rest()
@@ -2818,12 +2822,20 @@ class ChainCheck:
                 return f"audit row {row.audit_id} was changed, or one before it was removed or inserted"
             if not self._is_begun and row.audit_id > 1:
                 self._first = row
-        for mark in self._marks.get(row.audit_id, ()):
-            if mark.digest != row.digest:
-                return (f"audit row {row.audit_id} is not the one of the checkpoint of {mark.ts}: it or one before it was "
-                        "replaced, and the hashes were made anew")
+        fault = self._compare(row.audit_id, row.digest)
+        if fault:
+            return fault
         self._is_begun, self.last_id, self.last_hash = True, row.audit_id, row.digest
         return self._account(row) if row.action in ("audit_redact", "audit_seal") else None
+
+    def _compare(self, audit_id: int, digest: str) -> str | None:
+        """A hash with what the checkpoints know of its row."""
+        for mark in self._marks.get(audit_id, ()):
+            if mark.digest != digest:
+                return (f"audit row {audit_id} is not the one of the checkpoint of {mark.ts}: it or one before it was "
+                        "replaced, and the hashes were made anew")
+            self.met.add(audit_id)
+        return None
 
     def _adopt(self, row: AuditRow) -> str | None:
         fault = _adoption_fault(row, self._unhashed)
@@ -2838,8 +2850,7 @@ class ChainCheck:
         try:
             details = json.loads(row.payload)
             if row.action == "audit_seal":
-                self._unseal(row, details["to"], details["hash"])
-                return None
+                return self._unseal(row, details["to"], details["hash"])
             left = details["row"]
             blanked = self._blanked.pop(left["id"], None)
             if blanked and left != row_remains(blanked):
@@ -2850,15 +2861,17 @@ class ChainCheck:
             return None  # blanked or foreign: it accounts for nothing
         return None
 
-    def _unseal(self, row: AuditRow, last_id: int, digest: str) -> None:
+    def _unseal(self, row: AuditRow, last_id: int, digest: str) -> str | None:
         first = self._first
         if first is None:
-            return
+            return None
         is_blanked = first.payload == REDACTED  # its link is gone with its payload
         if first.audit_id == last_id + 1 if is_blanked else _fits(first, digest):
             self._first = None
             self.notes.append(f"the rows to {last_id} were sealed by row {row.audit_id} ({row.actor}); "
                               "their evidence zip holds them")
+            return self._compare(last_id, digest)
+        return None
 
     def _find_rest(self) -> str | None:
         """What nothing has accounted for by the end."""
@@ -4193,7 +4206,8 @@ def measure_growth(db: str, size_bytes: int, now_s: float) -> Growth:
 
 @dataclass(frozen=True, slots=True)
 class LogReport:
-    """What a check of a whole database found. `reach` is the newest row that a checkpoint kept elsewhere names."""
+    """What a check of a whole database found. `reach` is the newest row that a checkpoint kept elsewhere proves; 0: none,
+    as when all that it names were sealed since."""
 
     fault: str | None
     rows: int
@@ -4223,7 +4237,7 @@ def verify_log(path: str, kept: Collection[Checkpoint] = ()) -> LogReport:
     finally:
         connection.close()
     return LogReport(fault, check.rows, check.last_id, check.last_hash, tuple(check.notes),
-                     max((one.audit_id for one in kept), default=0))
+                     max(check.met.intersection(one.audit_id for one in kept), default=0))
 
 
 # ==============================================================================

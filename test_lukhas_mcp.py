@@ -3748,6 +3748,17 @@ class TestCheckpoints:
         assert lm.verify_log(str(copy)).fault is None
         assert "row 256 is not the one of the checkpoint" in lm.verify_log(str(copy), marks).fault
 
+    @pytest.mark.parametrize("first", [1, 7])
+    def test_rows_that_lost_their_hashes_and_were_adopted_anew_are_found_by_a_checkpoint(self, tmp_path, first):
+        path = fill_log(tmp_path, 9)
+        kept = [lm.Checkpoint(8, read_rows(path, "SELECT hash FROM audits WHERE id=8")[0][0], "2025-01-01T00:00:00.000Z")]
+        change_rows(path, f"UPDATE audits SET hash=NULL, actor='you' WHERE id>={first}")
+        open_and_close(path)
+        assert lm.verify_log(str(path)).fault.startswith(f"an audit row from {first} to 9 was changed")  # by its own checkpoint
+        os.unlink(f"{path}.checkpoints")
+        assert lm.verify_log(str(path)).fault is None
+        assert lm.verify_log(str(path), kept).fault.startswith(f"an audit row from {first} to 8 was changed: they have no hash")
+
     def test_a_hundred_thousand_rows(self, tmp_path):
         path = fill_log(tmp_path, 1)
         row = lm.AuditRow(*read_rows(path, "SELECT id, ts, actor, action, payload_json, hash FROM audits")[0])
@@ -4050,6 +4061,9 @@ class TestCustody:
             assert not read_rows(path, "SELECT * FROM audit_links WHERE audit_id<=?", summary.last_id)
             total += 1 - summary.rows
             assert read_rows(path, "SELECT count(*) FROM audits") == [(total,)]
+        assert lm.verify_log(path, [lm.Checkpoint(1, "0" * 64, "")]).reach == 0  # sealed: it proves nothing any more
+        assert lm.verify_log(path, [lm.Checkpoint(summary.last_id, lm.load_evidence_rows(members)[-1].digest, "")]).reach == summary.last_id
+        assert "made anew" in lm.verify_log(path, [lm.Checkpoint(summary.last_id, "0" * 64, "")]).fault
         assert total == 1 and lm.seal_rows(path, clock, EVIDENCE_NOW_S, str(tmp_path / "no.zip"), CLI) is None
         fill_log(tmp_path, 5, clock=clock)
         assert lm.verify_log(path).fault is None
