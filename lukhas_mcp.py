@@ -15975,6 +15975,7 @@ class Services:
     lease_holder: str = ""
     is_draining: bool = False
     is_exporting: bool = False  # evidence is made one at a time
+    committing: asyncio.Lock = field(default_factory=asyncio.Lock)
     key_use: KeyUse = field(default_factory=KeyUse)
     system_secret: str = field(default="", repr=False)  # the key of the built-in probes
     hosts: frozenset[str] = frozenset()  # further names this server answers to
@@ -17061,10 +17062,11 @@ async def tool_git_commit(services: Services, call: Call) -> dict[str, Any]:
     No filter is run, and the repository's hooks only where the operator allows it; `hooks` says which.
     """
     check_frozen(services, "a commit")
-    prepared = await in_thread(
-        services.commits.prepare, call.get("message"), add=call.get("add") or (), signoff=call.get("signoff"),
-        stage_all=call.get("stageAll"), branch=call.get("branch") or None)
-    await make_commit(services, call, prepared)
+    async with services.committing:  # each is put on the one before it, and they share git's lock
+        prepared = await in_thread(
+            services.commits.prepare, call.get("message"), add=call.get("add") or (), signoff=call.get("signoff"),
+            stage_all=call.get("stageAll"), branch=call.get("branch") or None)
+        await make_commit(services, call, prepared)
     call.warnings += prepared.warnings
     if prepared.branch is None:
         call.warnings.append("HEAD is detached: no branch holds this commit")
@@ -20577,6 +20579,7 @@ class Connection(asyncio.Protocol):
         self.deadline_s = math.inf
         self._is_expired = True
         if self._room is not None or self._linger_left is not None or self._transport.is_closing():
+            self._wire.services.broker.cut += self._is_endless
             self._transport.abort()
         else:
             self._notify()

@@ -14005,6 +14005,14 @@ class TestGitTools:
         assert "action=git_commit" in story and "action=file_commit" in story and lm.verify_file(str(server.db)) is None
         assert read_rows(server.db, "SELECT count(*) FROM file_intents") == [(0,)]
 
+    def test_commits_of_several_agents_at_once_wait_for_each_other(self, git_server):
+        before, names = git(git_server.repo, "rev-list", "--count", "HEAD"), [f"agent-{number}.txt" for number in range(5)]
+        for name in names:
+            git_server.call("write_file", path=name, contents=name)
+        with concurrent.futures.ThreadPoolExecutor(5) as pool:
+            made = list(pool.map(lambda name: git_server.call("git_commit", message=name, add=[name])["commit"], names))
+        assert int(git(git_server.repo, "rev-list", "--count", "HEAD")) == int(before) + 5 and len(set(made)) == 5
+
     def test_a_freeze_holds_commits_back(self, git_server):
         server = git_server
         (server.repo / "README.md").write_text("later\n")
@@ -17480,6 +17488,60 @@ class TestConnection:
             gc.collect()
             assert sum(isinstance(one, lm.Connection) for one in gc.get_objects()) == 0
         with_server(tmp_path, story)
+
+
+def talk_deaf(port, data, *, room=None):
+    """A connection that sends and never reads; `room` is its receive buffer."""
+    one = socket.socket()
+    if room:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    one.connect(("127.0.0.1", port))
+    one.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        one.send(data)
+    return one
+
+
+class TestCrowd:
+    """A real process and hundreds of clients that are idle, deaf or greedy."""
+
+    def test_a_crowd_costs_little_and_a_reader_misses_nothing(self, make_server):
+        if not os.path.isdir("/proc/self/fd"):
+            pytest.skip("no /proc here")
+        server = make_server()
+        process = pathlib.Path(f"/proc/{server.process.pid}")
+        resident_mib = lambda: int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+        handles = lambda: len(os.listdir(process / "fd"))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+        before_mib, before, crowd, peak_mib = resident_mib(), handles(), [], 0.0
+        try:
+            crowd += [talk_deaf(server.port, GET_HEALTH) for _ in range(500)]
+            crowd += [talk_deaf(server.port, b"GET /sse?topic=* HTTP/1.1\r\nHost: localhost\r\n\r\n", room=4096) for _ in range(20)]
+            listed = b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}'
+            crowd += [talk_deaf(server.port, (post_head(len(listed)) + listed) * 400, room=4096) for _ in range(20)]
+            with server.sse("models") as stream:
+                stream.until_event("open")
+                for at in range(10):
+                    calls = [json.dumps({"jsonrpc": "2.0", "id": one, "method": "tools/call", "params": {
+                        "name": "promote_model", "arguments": {"modelId": f"m{at}-{one}", "gate": "g" * 100, "reason": "r" * 100}}}) for one in range(100)]
+                    assert server.request("POST", "/mcp", "[" + ",".join(calls) + "]", JSON_KIND).text.count('\\"promoted\\":true') == 100
+                    peak_mib = max(peak_mib, resident_mib())
+                frames = stream.until(lambda frame: frame.event == "model" and frame.json["modelId"] == "m9-99")
+            promoted = [frame.json["modelId"] for frame in frames if frame.event == "model"]
+            assert promoted == [f"m{at}-{one}" for at in range(10) for one in range(100)], "in order, each once"
+            assert read_metrics(server.request("GET", "/metrics").text)["lukhas_sse_dropped_total"] == 20
+            assert peak_mib < before_mib + 32
+            burst = [talk_deaf(server.port, PING) for _ in range(200)]
+            for one in burst:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+                one.close()
+        finally:
+            for one in crowd:
+                one.close()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        wait_until(lambda: handles() <= before + 10, 20, "handles back")
+        assert server.request("GET", "/readyz").status == 200
 
 
 async def wait_for_connections(here, count):
