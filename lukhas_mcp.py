@@ -21200,6 +21200,7 @@ async def serve(config: Config, announce: Callable[[Server], None] = lambda serv
 
 _AT_END_S = 2.0  # for requests under way when stdin ends
 _LINES_AHEAD = 64
+_BEHIND_BYTES = 1 << 20  # what may wait to be written before no further line is read
 
 
 class Line:
@@ -21209,6 +21210,9 @@ class Line:
         self.incoming: asyncio.Queue[bytes] = asyncio.Queue(_LINES_AHEAD)
         self._limit_bytes = limit_bytes
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._queued_bytes = 0
+        self._has_room = asyncio.Event()
+        self._has_room.set()
         self._loop = asyncio.get_running_loop()
         self._stdin, self._stdout = sys.stdin.fileno(), os.dup(sys.stdout.fileno())
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -21218,7 +21222,17 @@ class Line:
 
     def send(self, messages: list[Any]) -> None:
         """Queue messages, one a line."""
-        self._outgoing.put(b"".join(to_json(message) + b"\n" for message in messages))
+        text = b"".join(to_json(message) + b"\n" for message in messages)
+        self._note_size(len(text))
+        self._outgoing.put(text)
+
+    async def room(self) -> None:
+        """Wait until the client has read most of what was sent."""
+        await self._has_room.wait()
+
+    def _note_size(self, more_bytes: int) -> None:
+        self._queued_bytes += more_bytes
+        (self._has_room.set if self._queued_bytes <= _BEHIND_BYTES else self._has_room.clear)()
 
     def close(self) -> None:
         """Write what is queued."""
@@ -21243,12 +21257,16 @@ class Line:
         asyncio.run_coroutine_threadsafe(self.incoming.put(line), self._loop).result()
 
     def _write(self) -> None:
+        is_read = True
         while (text := self._outgoing.get()) is not None:
+            size = len(text)
             try:
-                while text:
+                while text and is_read:
                     text = text[os.write(self._stdout, text):]
             except OSError:
-                return  # nobody reads any more; stdin will end too
+                is_read = False  # stdin will end too
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                self._loop.call_soon_threadsafe(self._note_size, -size)
 
 
 async def talk_by_lines(server: Server) -> None:
@@ -21274,6 +21292,7 @@ async def talk_by_lines(server: Server) -> None:
 
 async def _take_lines(services: Services, context: RpcContext, line: Line, tasks: set[asyncio.Task[None]]) -> None:
     while text := await line.incoming.get():
+        await line.room()
         task = asyncio.create_task(_serve_line(services, context, line, text))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
@@ -21291,6 +21310,7 @@ async def _pass_on(line: Line, outlet: Outlet) -> None:
     """Send what comes to an outlet, until its end."""
     while messages := await outlet.take():
         line.send(messages)
+        await line.room()
 
 
 # ==============================================================================

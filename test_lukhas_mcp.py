@@ -18004,6 +18004,24 @@ class TestStdio:
             found = json.loads(client.call("canary_status", canaryId=canary["canaryId"])["content"][0]["text"])
             assert found["status"] == "RUNNING", "what was under way goes on"
 
+    def test_a_client_that_does_not_read_is_not_read_either(self, tmp_path):
+        server = Server(tmp_path)
+        line = (json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {"x": "y" * 4000}}) + "\n").encode()
+        with LineClient(server) as client:
+            client.greet()
+            os.set_blocking(client.process.stdin.fileno(), False)
+            sent, stuck = 0, 0
+            while stuck < 20 and sent < 2000 * len(line):
+                try:
+                    sent, stuck = sent + os.write(client.process.stdin.fileno(), line), 0
+                except BlockingIOError:
+                    stuck += 1
+                    time.sleep(0.05)
+            assert stuck == 20, "its answers pile up"
+            os.set_blocking(client.process.stdin.fileno(), True)
+            for _ in range(sent // len(line)):
+                assert client.until(lambda message: True)["result"]["tools"]
+
     def test_whoever_is_left_drives_after_kill_9(self, make_server):
         server = make_server(started=False)
         (server.repo / "lukhas.toml").write_text(PLAN)
