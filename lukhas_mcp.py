@@ -3614,12 +3614,15 @@ _COLUMN_OF = {"result": "result_json", "progress": "progress_json", "effective":
 
 
 def _load(text: str | None) -> Any:
-    if not text:
-        return None
-    try:
-        return parse_json(text.encode("ascii"))
-    except ValueError:  # the original's texts may hold what only the standard library takes
-        return json.loads(text)
+    return json.loads(text) if text else None
+
+
+def _load_facts(text: str | None) -> Any:
+    """What stands with a sample; thousands of them are read at a restart."""
+    if text and orjson is not None:
+        with contextlib.suppress(ValueError):  # the original's texts may hold what only the standard library takes
+            return orjson.loads(text)
+    return _load(text)
 
 
 def _to_job(row: tuple[Any, ...]) -> Job:
@@ -3635,7 +3638,7 @@ def _to_canary(row: tuple[Any, ...]) -> Canary:
 
 def _to_sample(row: tuple[Any, ...], canary_id: str, at: int) -> Sample:
     """A stored sample; the original stored neither values nor ticks, then its place is the tick."""
-    facts = _load(row[4])
+    facts = _load_facts(row[4])
     facts = facts if isinstance(facts, dict) else {"raw": facts}
     increments = facts.pop("increments", None)
     return Sample(tick=facts.pop("tick", at), elapsed_s=facts.pop("elapsed_s", 0.0), at=facts.pop("at", row[0]),
@@ -5385,9 +5388,12 @@ class SequentialTest:
         begins = self._begun < self._starts
         self._begun += begins
         # A sum that underflows is an effect without any evidence; one that has just begun is 1.
-        self._sums = [min(_MOST, (one + begins) * math.exp(min(self._cap, hits * bad + (trials - hits) * good)))
-                      for one, (bad, good) in zip(self._sums, self._effects)]
-        total = sum(self._sums) / len(self._effects) + self._starts - self._begun
+        cap, fine, sums = self._cap, trials - hits, self._sums
+        for at, (bad, good) in enumerate(self._effects):
+            ratio = hits * bad + fine * good
+            grown = (sums[at] + begins) * math.exp(ratio if ratio < cap else cap)
+            sums[at] = grown if grown < _MOST else _MOST
+        total = sum(sums) / len(sums) + self._starts - self._begun
         self.log_e = math.log(max(total, 1e-300) / self._starts)
 
 
@@ -5458,8 +5464,11 @@ class Judge:
             return self._warm_up(sample), "warmup"
         tick_class = self._classify(sample)
         self._count(sample, tick_class)
-        outcomes = (check(self, sample) for check in _RULES[self.policy.mode])
-        return next(filter(None, outcomes), None), tick_class
+        for check in _RULES[self.policy.mode]:
+            outcome = check(self, sample)
+            if outcome:
+                return outcome, tick_class
+        return None, tick_class
 
     def numbers(self) -> dict[str, Any]:
         """Where the counters stand, in wire names; cheap enough for each tick."""

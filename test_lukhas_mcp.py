@@ -23365,6 +23365,8 @@ def bench_canaries(folder: pathlib.Path) -> None:
     """How long 1,000 canaries of stored history take to resume, and what a tick costs the event loop."""
     async def resume() -> tuple[float, float]:
         policy = policy_of()
+        asked = dict.fromkeys(("lat", "err", "req", "errcount", "fast", "newest"), {
+            "query": SEED_LAT, "status": 200, "ms": 3.1, "raw": "160.123456", "class": "ok"})  # as Prometheus leaves them
         async with open_store(folder) as store:
             def fill(tx: Any) -> None:
                 for at in range(1000):
@@ -23374,7 +23376,7 @@ def bench_canaries(folder: pathlib.Path) -> None:
                     tx.insert_canary(canary)
                     for tick in range(1, 21):
                         tx.add_sample(canary,
-                                      sample_of(tick, "g", facts={"counters": [400 * tick, 0, 8 * tick]}))
+                                      sample_of(tick, "g", facts={"counters": [400 * tick, 0, 8 * tick], "queries": asked}))
             await store.write(fill)
             control = lm.CanaryController(store, store._clock, lm.Config(), lm.Plan(),
                                           FakeSampler((160.0, 0.0), with_counters=True))
