@@ -122,7 +122,7 @@ Contents:
   93. Conformance  the official suite, strict, on a server with its fixtures and on the real one
   94. Clients      real ones: Python, TypeScript of both generations, the Inspector
   95. CanaryProof  the promises of canaries on a real server, a real Prometheus and real crashes
-  96. Kills        kill -9 at every step of every changing tool: `python3 test_lukhas_mcp.py kills [N]`
+  96. Kills        kill -9 at every step of every changing tool, and under mixed load: `python3 test_lukhas_mcp.py kills`, `crash`
   97. Main         what the command line means
 """
 
@@ -23417,7 +23417,7 @@ def bench_hooks(folder: pathlib.Path, count: int) -> None:
 
 
 # ==============================================================================
-# 96. Kills -- kill -9 at every step of every changing tool: `python3 test_lukhas_mcp.py kills [N]`
+# 96. Kills -- kill -9 at every step of every changing tool, and under mixed load: `python3 test_lukhas_mcp.py kills`, `crash`
 # uses: Front, Fakes, GitTools, Undo
 # ==============================================================================
 # A fork of this process runs one tool and kills itself before one of its steps (a call that changes
@@ -23654,8 +23654,159 @@ def kills_main(argv: list[str]) -> int:
     return code
 
 
+# -- a whole server under mixed load
+
+
+class MixedLoad:
+    """Clients that change everything at once until the server dies under them.
+
+    `known` holds what each call was to leave, by kind, with what came of it: `ok` was acknowledged and must be
+    there, `unknown` may be there once.
+    """
+
+    def __init__(self, folder: pathlib.Path, seed: int):
+        self.mark = f"crash-{os.getpid()}-{secrets.token_hex(4)}"
+        self.server = Server(folder, {"CANARY_INTERVAL_SECONDS": 0.2})
+        self.known: list[tuple[str, Any, str, Any]] = []
+        self.refusals: collections.Counter[str] = collections.Counter()
+        self.chance = random.Random(seed)
+        self._numbers = itertools.count(1)
+        (self.server.repo / "app").mkdir()
+        for at in range(8):
+            (self.server.repo / f"app/{at}.txt").write_text("")
+        (self.server.repo / "lukhas.toml").write_text(
+            '[tasks.quick]\ncommand = ["true"]\n[tasks.slow]\n'
+            f'command = ["sh", "-c", "sleep 3; true", "{self.mark}"]\n')
+
+    def round(self, count: int) -> float:
+        """Load, kill -9 in the middle of it once so many calls have ended, start again; the time until it was ready."""
+        stop = threading.Event()
+        clients = [threading.Thread(target=self._work, args=(at, stop, self.chance.random())) for at in range(8)]
+        for client in clients:
+            client.start()
+        begun = len(self.known)
+        wait_until(lambda: len(self.known) - begun >= 2 * count, 120, "the load")
+        self.server.kill()
+        stop.set()
+        for client in clients:
+            client.join()
+        wait_until(lambda: count_processes(self.mark) == 0, what="the end of every eval's processes")
+        began_s = time.monotonic()
+        self.server.restart()
+        return time.monotonic() - began_s
+
+    def _work(self, at: int, stop: threading.Event, seed: float) -> None:
+        chance = random.Random(seed)
+        kinds = ("promote", "eval", "write", "append", "append", "replace", "commit", "canary")
+        while not stop.is_set():
+            try:
+                getattr(self, "_" + chance.choice(kinds))(f"{next(self._numbers)}", at, chance)
+            except (OSError, http.client.HTTPException, AssertionError, ValueError):
+                stop.wait(0.01)  # the server is gone
+
+    def _call(self, kind: str, subject: Any, tool: str, **arguments: Any) -> Any:
+        self.known.append((kind, subject, "unknown", None))
+        result = self.server.result(tool, arguments)
+        text = result["content"][0]["text"]
+        outcome = "refused" if result.get("isError") else "ok"
+        self.known.append((kind, subject, outcome, json.loads(text) if outcome == "ok" else text))
+        self.refusals[tool] += outcome == "refused"
+        return self.known[-1][3] if outcome == "ok" else None
+
+    def _promote(self, name: str, at: int, chance: random.Random) -> None:
+        self._call("promote", f"m{name}", "promote_model", modelId=f"m{name}", gate="stage")
+
+    def _eval(self, name: str, at: int, chance: random.Random) -> None:
+        self._call("eval", name, "run_eval", taskId=chance.choice(("quick", "slow", "unknown")), configId="c")
+
+    def _write(self, name: str, at: int, chance: random.Random) -> None:
+        self._call("file", (f"data/{name}.txt", name * 300), "write_file", path=f"data/{name}.txt", contents=name * 300)
+
+    def _append(self, name: str, at: int, chance: random.Random) -> None:
+        self._call("append", (f"app/{at}.txt", name), "append_file", path=f"app/{at}.txt", contents=name)
+
+    def _replace(self, name: str, at: int, chance: random.Random) -> None:
+        path = f"data/{name}.txt"
+        if made := self._call("made", path, "write_file", path=path, contents="old"):
+            if chance.random() < 0.5:
+                self._call("file", (path + ".new", "old"), "rename_file", **{"from": path, "to": path + ".new"})
+            else:
+                self._call("file", (path, name), "update_file", path=path, contents=name, expectSha256=made["sha256"])
+
+    def _commit(self, name: str, at: int, chance: random.Random) -> None:
+        if self._call("made", f"git/{name}.txt", "write_file", path=f"git/{name}.txt", contents=name):
+            self._call("commit", name, "git_commit", message=f"commit {name}", add=[f"git/{name}.txt"])
+
+    def _canary(self, name: str, at: int, chance: random.Random) -> None:
+        made = self._call("canary", name, "start_canary", modelId=f"c{name}", fromGate="a", toGate=f"g{name}", policy={
+            "windowSeconds": chance.choice((5, 600)), "targets": {"latency_p95_ms": 100, "max_error_rate": 0.1}})
+        if made and chance.random() < 0.5:
+            self._call("abort", made["canaryId"], "abort_canary", canaryId=made["canaryId"])
+
+    def faults(self) -> Iterator[str]:
+        """What was acknowledged and is not there, what is there twice, and what a kill has left behind."""
+        server, repo = self.server, self.server.repo
+        models = promoted_models(server.db)
+        jobs, canaries = (dict(read_rows(server.db, f"SELECT {key}, status FROM {table}"))
+                          for table, key in (("jobs", "job_id"), ("canaries", "canary_id")))
+        commits = git(repo, "log", "--all", "--format=%H").split()
+        for kind, subject, outcome, document in self.known:
+            there = {"promote": lambda: subject in models, "eval": lambda: document["jobId"] in jobs,
+                     "file": lambda: (repo / subject[0]).read_text() == subject[1], "made": lambda: True,
+                     "append": lambda: (repo / subject[0]).read_text().split("\n").count(subject[1]) == 1,
+                     "commit": lambda: document["commit"] in commits, "canary": lambda: document["canaryId"] in canaries,
+                     "abort": lambda: canaries[subject] == "ROLLED_BACK"}
+            if outcome == "ok" and not there[kind]():
+                yield f"{kind} {subject}: acknowledged, and not there"
+            elif kind == "append" and (repo / subject[0]).read_text().split("\n").count(subject[1]) > 1:
+                yield f"{kind} {subject}: there twice"
+        left = [path.name for place in (repo, server.folder / "state") for path in place.rglob("*")
+                if path.name.startswith((".mcp-tmp-", "mcp-index-", "git-")) or path.name.endswith((".lock", ".part", ".tmp"))]
+        yield from (f"left behind: {name}" for name in left if name != server.db.name + ".lock")
+        if read_rows(server.db, "SELECT 1 FROM file_intents"):
+            yield "an intent is undecided"
+
+    def settle(self) -> list[str]:
+        """Everything that is not as it must be once all that was begun has ended."""
+        under_way = ("SELECT job_id FROM jobs WHERE status IN ('QUEUED','RUNNING') UNION SELECT canary_id FROM canaries "
+                     "WHERE status IN ('PENDING','RUNNING') AND policy_json LIKE '%\"windowSeconds\":5,%'")
+        wait_until(lambda: not read_rows(self.server.db, under_way), 60, "the end of every job and short canary")
+        found = list(self.faults())
+        if self.server.stop() != 0:
+            found.append("it did not end well")
+        assert_whole(self.server)
+        git(self.server.repo, "fsck", "--strict")
+        return found
+
+
+def crash_main(argv: list[str]) -> int:
+    """Kill a server N times (15) under mixed load and print what came of it; 1 when anything was lost or left."""
+    parser = argparse.ArgumentParser(prog="test_lukhas_mcp.py crash", description=crash_main.__doc__)
+    parser.add_argument("rounds", nargs="?", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        load = MixedLoad(pathlib.Path(folder), options.seed)
+        load.server.start()
+        ready = sorted(load.round(load.chance.randint(50, 550)) for _ in range(options.rounds))
+        faults = load.settle()
+    count = collections.Counter(outcome for _, _, outcome, _ in load.known)
+    print(f"{options.rounds} kills: {count['ok']} acknowledged, {count['unknown'] - count['ok'] - count['refused']} unknown, "
+          f"refused {dict(load.refusals)}; ready again in {ready[len(ready) // 2]:.2f} s (longest {ready[-1]:.2f}); "
+          f"{len(faults)} faults", *faults[:20], sep="\n  ", flush=True)
+    return 1 if faults or not count["ok"] else 0
+
+
 class TestKills:
-    """A small sample of the proof."""
+    """A small sample of the proofs."""
+
+    def test_nothing_acknowledged_is_lost_under_mixed_load(self, tmp_path: pathlib.Path) -> None:
+        load = MixedLoad(tmp_path, 7)
+        load.server.start()
+        for _ in range(2):
+            load.round(60)
+        assert load.settle() == []
+        assert sum(outcome == "ok" for _, _, outcome, _ in load.known) > 50
 
     def test_a_kill_leaves_the_old_or_the_new(self) -> None:
         done = subprocess.run([sys.executable, __file__, "kills", "3"], capture_output=True, text=True, env=clean_environ())
