@@ -14549,12 +14549,12 @@ class IndexWriter:
             self._connection = None
 
     def forget(self) -> None:
-        """Remove the index in use, which is damaged."""
+        """Remove the index in use, which is damaged, and an unfinished one, which may fill the disk."""
         self.close()
-        for suffix in ("", "-wal", "-shm"):
+        for path in (self.path, self.path + "-wal", self.path + "-shm", self.growing):
             with contextlib.suppress(OSError):
-                os.unlink(self.path + suffix)
-        self.path = ""
+                os.unlink(path)
+        self.path = self.growing = ""
 
     def refresh(self, paths: Collection[str]) -> int:
         """Bring some paths up to date, whether they are documents or not; tells how many had changed."""
@@ -15207,6 +15207,8 @@ def run_indexer(orders: BinaryIO, reports: BinaryIO, clock: Clock) -> int:
             writer.forget()
             _build_index(writer, tell, clock)
     except (sqlite3.Error, OSError) as error:
+        if writer.growing:
+            writer.forget()
         tell(state="off", final=False, reason=f"the index in {setup['folder']} can't be kept: {error}")
     return 0
 
