@@ -20814,6 +20814,7 @@ def _missing(shared: list[tuple[str, str]], own: list[tuple[str, str]]) -> list[
 
 
 _DRAIN_S = 5.0
+_HANDSHAKE_S = 10.0  # of TLS, as long as the head of a request may take
 _MAX_TRUNK = 1000  # commits among which one from outside is looked for
 _SNAPSHOT_S = 3.0
 _TOLD_S = 60.0
@@ -20912,7 +20913,8 @@ def load_page() -> CockpitPage | None:
                             re.findall(rb"<%b>(.*?)</%b>" % (tag.encode(), tag.encode()), body, re.S)) or "'none'"
               for tag in ("script", "style")}
     policy = (f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; "
-              "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+              "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+              "require-trusted-types-for 'script'")
     return CockpitPage(body, policy)
 
 
@@ -21001,7 +21003,7 @@ class Server:
         for at, host in enumerate(hosts):
             try:
                 listener = await loop.create_server(lambda: Connection(self._wire), host, self.port, ssl=context,
-                                                    backlog=1024)
+                                                    backlog=1024, ssl_handshake_timeout=context and _HANDSHAKE_S)
             except (OSError, UnicodeError) as error:  # the second: a name that no DNS could hold
                 if at:
                     continue  # no IPv6 here, or the port is taken there
