@@ -11138,6 +11138,7 @@ class _Hunk:
     number: int
     header: str
     start: int
+    is_last: bool  # context in front of its changes and none behind: it was made for the end of a file (git-apply)
     old: list[bytes] = field(default_factory=list)
     new: list[bytes] = field(default_factory=list)
     added: int = 0
@@ -11284,12 +11285,14 @@ def _read_hunk(number: int, header: bytes, body: list[bytes]) -> _Hunk:
         raise InvalidArguments(f"Invalid patch: invalid hunk header {_shown_line(header)} of hunk {number}; "
                                "it must be like @@ -12,7 +12,8 @@")
     old_count, new_count = (1 if match[at] is None else int(match[at]) for at in (2, 4))
-    hunk = _Hunk(number, match[0].decode(), int(match[1]))
     # Blank rows after the last line of a hunk are no part of it; within it they are an empty context
     # line whose one space some editor took away (GNU diff writes it so, git reads it so).
     blanks = next((at for at, row in enumerate(reversed(body)) if row), len(body))
     surplus = sum(row[:1] in (b" ", b"-", b"", b"\r") for row in body) - old_count
     body = body[:len(body) - max(0, min(blanks, surplus))]
+    marks = [row[:1] for row in body if not row.startswith(b"\\")]
+    is_last = bool(marks) and marks[0] not in (b"+", b"-") and marks[-1] in (b"+", b"-")
+    hunk = _Hunk(number, match[0].decode(), int(match[1]), is_last)
     for at, row in enumerate(body):
         _read_body_row(hunk, row, body[at - 1][:1] if at else b"")
     if (len(hunk.old), len(hunk.new)) != (old_count, new_count):
@@ -11372,8 +11375,15 @@ def _find_place(hunk: _Hunk, target: _Target, done: int, wanted: int) -> int:
             raise _miss(hunk, target, wanted, "it has neither a context nor a removed line, "
                                               "so its place is unknown")
         return 0
+    end = len(target.lines) - size
+    fits_end = hunk.is_last and end >= done and target.lines[end:] == hunk.old
     if wanted >= done and target.lines[wanted:wanted + size] == hunk.old:
+        if fits_end and end != wanted:
+            raise _miss(hunk, target, wanted, f"it is ambiguous, it fits at its line {wanted + 1} and at the end of the file, "
+                                              "where a hunk without context behind it belongs: give more context")
         return wanted
+    if fits_end:
+        return end
     places = _every_place(hunk, target)
     later = sorted((abs(at - wanted), at) for at in places if at >= done)
     if len(later) > 1 and later[0][0] == later[1][0]:
