@@ -256,7 +256,7 @@ __all__ = [
     # Broker
     "Topics", "Subscriber", "Broker", "encode_event", "COLLECTIONS",
     # Policy
-    "Policy", "parse_policy", "name_nearest", "plain_number",
+    "Policy", "parse_policy", "name_nearest", "plain_number", "POLICY_FIELDS",
     # Statistics
     "binomial_tail", "allowed_hits", "detectable_ratio", "SequentialTest",
     # Judge
@@ -5062,6 +5062,7 @@ _FIELDS = {
 }
 _TARGETS = ("latency_p95_ms", "max_error_rate", "max_drift")
 _OBJECTS = ("targets", "hooks")
+POLICY_FIELDS = ", ".join((*_FIELDS, *_OBJECTS))
 _NO_TARGETS = ('targets.latency_p95_ms (ms, over 0) and targets.max_error_rate (a ratio, 0..1) are both '
                'required, as in {"latency_p95_ms": 250, "max_error_rate": 0.02}; only a dryRun may leave them out')
 _COUNTERS = "the three raw counters (PROM_Q_REQ, PROM_Q_ERRCOUNT, PROM_Q_FAST)"
@@ -5113,7 +5114,7 @@ def _collect_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in _OBJECTS and name not in _FIELDS:
             near = name_nearest(name, (*_OBJECTS, *_FIELDS))
-            raise InvalidArguments(f"unknown field policy.{_show_value(name)[1:-1]}{near}")
+            raise InvalidArguments(f"unknown field policy.{_show_value(name)[1:-1]}{near}; known: {POLICY_FIELDS}")
     for name in (*_FIELDS, "hooks"):
         if name != "windowSeconds" and arguments.get(name) is not None:
             raise InvalidArguments(f"{name} stands at the top level; put it under policy")
@@ -9035,8 +9036,9 @@ class CanaryController:
             raise Conflict(f"gate {canary.to_gate} demands a second person, and {actor.name} started {canary_id}; "
                            "approve it with another key, or by a client that can ask its person")
         given = {"reason": reason} if reason else None
+        told_by = f"{actor.name}'s person at the client" if is_person else actor.name
         if canary.reason == ASKED:
-            return await self._store.write(lambda tx: self._grant(tx, canary_id, actor, given))
+            return await self._store.write(lambda tx: self._grant(tx, canary_id, actor, given, told_by))
         policy, state, verdict = self._judged(canary)
         if verdict.tick_class == "missing":
             raise Conflict(f"the last tick of {canary_id} has no value, and no data never promotes; try again after "
@@ -9050,14 +9052,15 @@ class CanaryController:
             if now.status != CanaryStatus.PAUSED or now.reason in RESUMABLE or state.ending is None:
                 raise Conflict(f"{canary_id} is {now.status}" + (f" ({now.reason})" if now.reason else "")
                                + "; only a canary that waits for it at the end of its window can be approved")
-            tell_canary(tx, now, "approved", f"{actor.name} approved the canary of {now.model_id} to {now.to_gate}",
+            tell_canary(tx, now, "approved", f"{told_by} approved the canary of {now.model_id} to {now.to_gate}",
                         {"reason": now.reason}, action="canary_approve", actor=actor, given=given)
-            inequality = f"approved by {actor.name}; {state.ending[2]}"
+            inequality = f"approved by {told_by}; {state.ending[2]}"
             return decide(tx, now, policy, replace(verdict, decision="promote", reason=now.reason,
                                                    inequality=inequality), state.last, self._actuator)
         return await self._store.write(work)
 
-    def _grant(self, tx: Transaction, canary_id: str, actor: Actor, given: Mapping[str, Any] | None) -> Canary:
+    def _grant(self, tx: Transaction, canary_id: str, actor: Actor, given: Mapping[str, Any] | None,
+               told_by: str) -> Canary:
         """Carry out a promotion that was asked for; what the gate demands is looked at again."""
         self._brakes.check_frozen("a promotion", tx)
         canary = tx.find_canary(canary_id)
@@ -9065,12 +9068,14 @@ class CanaryController:
         if self._brakes.hold_of(canary_id) or self._brakes.hold_of(f"gate {gate}"):
             raise Conflict(f"{canary_id} was stopped, which the database could not store yet; try again later")
         passes, unmet = find_requirements(tx, self._plan.gates.get(gate), model_id)
+        if (tx.holder_of(gate) or {}).get("modelId") == model_id:
+            unmet = [f"{model_id} holds {gate} already; abort_canary ends what was asked for"]
         if unmet:
             raise Conflict("; ".join(unmet))
         moved = tx.move_canary(canary_id, (CanaryStatus.PENDING,), status=CanaryStatus.PROMOTED, reason="approved")
         if moved is None:
             raise Conflict(f"{canary_id} is {canary.status}; only one that is PENDING can be approved")
-        message = f"{actor.name} approved that {model_id} gets {gate}, which {canary.actor} had asked for"
+        message = f"{told_by} approved that {model_id} gets {gate}, which {canary.actor} had asked for"
         tx.promote(model_id, gate, actor=actor.name, change_id=canary_id)
         tell_canary(tx, moved, "promoted", message, {"reason": "approved", "passed": passes}, action="canary_promote",
                     actor=actor, given=given, further_ids=tuple(passes.values()))
@@ -17398,7 +17403,7 @@ async def tool_get_module_structure(services: Services, call: Call) -> ToolResul
 
 # ==============================================================================
 # 62. OpsTools -- evals and canaries as tools
-# uses: Ground, Vocabulary, Chain, Schema, Actuation, Toolkit, Works
+# uses: Ground, Vocabulary, Chain, Schema, Policy, Actuation, Toolkit, Works
 # ==============================================================================
 
 
@@ -17535,7 +17540,7 @@ async def tool_why_math(services: Services, call: Call) -> dict[str, Any]:
 @tool("start_canary", title="Start a canary", hints=WRITES, role="operator", level="changes",
       arguments=shape(("modelId", "fromGate", "toGate"), modelId=string("The model.", is_id=True),
                       fromGate=string("The gate it comes from.", is_id=True), toGate=string("The gate it is to get.",
-                      is_id=True), policy=mapping("windowSeconds, targets and the rest of the policy."),
+                      is_id=True), policy=mapping(f"Of {POLICY_FIELDS}."),
                       windowSeconds=anything("How long to watch; 20 to 86400.", "number"),
                       targets=mapping("latency_p95_ms and max_error_rate (0..1)."),
                       dryRun=boolean("Ask each query once and start nothing.", default=False),
@@ -18312,7 +18317,8 @@ def describe_gate(services: Services, gate: str) -> dict[str, Any]:
         known = {*store.known_gates(), *services.plan.gates}
         if gate not in known:
             raise NotFound(f"Unknown gate: {gate}{name_nearest(gate, known)}")
-    active = store.list_canaries(50, (CanaryStatus.RUNNING, CanaryStatus.PAUSED), gate)
+    active = [one for one in store.list_canaries(50, (CanaryStatus.PENDING, CanaryStatus.RUNNING, CanaryStatus.PAUSED), gate)
+              if one.status != CanaryStatus.PENDING or one.reason]  # without a reason it is a dry run
     history = store.load_promotions(gate)
     stack = stack_holders(history)
     return {"gate": gate, "holder": store.holder_of(gate), "previous": stack[-2] if len(stack) > 1 else None,
