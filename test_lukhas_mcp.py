@@ -22300,7 +22300,8 @@ def declare_talking_tools() -> None:
 
     @fixture("test_reconnection")
     async def tool_reconnection(services: lm.Services, call: lm.Call) -> lm.ToolResult:
-        call.client.outlet.let_go()
+        if isinstance(call.client, lm.SessionExchange) and isinstance(call.client.outlet, lm.Spool):
+            call.client.outlet.let_go()
         await services.clock.sleep(0.2)
         return text_result("answered after the client came back")
 
@@ -22748,17 +22749,21 @@ class TestClients:
         assert lm.verify_file(str(server.db)) is None
 
     @pytest.mark.parametrize(("mode", "version"), [("auto", "2026-07-28"), ("legacy", "2025-11-25")])
-    def test_python_elicits(self, conformance_url, mode, version):
+    def test_python_asks_its_person(self, mcp, mode, version):
         from mcp.client import Client
         from mcp.types import ElicitResult
+        asked: list[str] = []
 
-        async def visit() -> str:
+        async def visit() -> list[dict[str, Any]]:
             async def ask(context: Any, params: Any) -> ElicitResult:
-                return ElicitResult(action="accept", content={"name": "Ada"})
-            async with Client(conformance_url, mode=mode, elicitation_callback=ask) as client:
+                asked.append(params.message)
+                return ElicitResult(action="accept", content={"confirm": len(asked) > 1})
+            async with Client(mcp.url + "/mcp", mode=mode, elicitation_callback=ask) as client:
                 assert client.protocol_version == version
-                return (await client.call_tool("test_input_required_result_elicitation", {})).content[0].text
-        assert '"Ada"' in run_async(visit(), 30.0)
+                return [await client.call_tool("promote_model", {"modelId": f"asked-by-{mode}", "gate": "prod"}) for _ in range(2)]
+        refused, done = run_async(visit(), 120.0)
+        assert refused.is_error and "did not agree" in refused.content[0].text and done.structured_content["promoted"] is True
+        assert len(asked) == 2 and f"asked-by-{mode}" in asked[0]
 
     @pytest.mark.parametrize(("kind", "mode"), [("v1", "legacy"), ("v2", "legacy"), ("v2", "auto")])
     def test_typescript(self, mcp, tmp_path, kind, mode):
