@@ -14853,7 +14853,7 @@ class IndexState:
     reason: str = ""
 
     def to_wire(self) -> dict[str, Any]:
-        """What search and /readyz tell."""
+        """What search, /readyz and the cockpit tell."""
         document = {"state": self.state, "files": self.files, "done": self.done}
         return document | ({"reason": self.reason} if self.reason else {})
 
@@ -20137,6 +20137,7 @@ async def route_root(services: Services, request: Request) -> Response:
         "description": "Ops server for the Model Context Protocol over one repository",
         "protocol": f"MCP {NEWEST_LEGACY}", "protocol_versions": list(REVISIONS), "transport": "Streamable HTTP",
         "mcp_endpoint": base + "/mcp", "tools": len(list_tools(services)),
+        "index": services.finder.state.to_wire(),
         "links": {"cockpit": base + "/cockpit.html", "events": base + "/sse", "health": base + "/healthz",
                   "ready": base + "/readyz", "metrics": base + "/metrics"}})
 

@@ -18559,6 +18559,12 @@ class TestCockpit:
         assert "unsafe" not in answer.headers["content-security-policy"]
         assert not re.search(r"\sstyle=|\son[a-z]+=|https?://(?!www\.w3\.org/)", answer.text)
 
+    def test_says_that_search_has_no_index(self, make_server, look, tmp_path):
+        (tmp_path / "state" / f"{lm._index_key(str(tmp_path / 'repo'))}lock").mkdir(parents=True)
+        server = make_server(folder=tmp_path, LUKHAS_MCP_STATE_DIR=tmp_path / "state")
+        wait_until(lambda: server.request("GET", "/").json["index"]["state"] == "off")
+        look(server.url).goes_live().sees("#index", "search by path only")
+
     def test_job_runs_live_to_ok(self, cockpit_server, look):
         view = look(cockpit_server.url).goes_live()
         job_id = cockpit_server.call("run_eval", taskId="quick", configId="ci")["jobId"]
