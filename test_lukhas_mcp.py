@@ -10357,7 +10357,7 @@ class TestPaths:
             root.relative(5)
         assert root.relative("docs/", is_folder=True) == "docs"
 
-    def test_a_sibling_whose_name_begins_like_the_root_is_outside(self, root):
+    def test_CVE_2025_53110_a_sibling_whose_name_begins_like_the_root_is_outside(self, root):
         for path in (root.path + "-sibling/s.txt", "../repo-sibling/s.txt", root.path + "/../repo-sibling/s.txt"):
             with pytest.raises(lm.PathRefused):
                 root.relative(path)
@@ -10381,6 +10381,12 @@ class TestPaths:
         assert root.relative(path) == path
         with pytest.raises(lm.PathRefused, match=reason):
             root.writable(path)
+
+    @pytest.mark.parametrize("path", [".git/config", ".env", "keys.txt", "id_rsa", "lukhas.toml", ".mcp-state.db", ".github/x", ".mcp.json"])
+    def test_GHSA_4gxg_m5jx_9j57_letter_case_opens_nothing(self, root, path):
+        for spelling in (path, path.upper(), path.title(), path.swapcase(), path[:2] + path[2:].upper(), path.replace("k", "\u212a")):
+            with pytest.raises(lm.PathRefused):
+                root.writable(spelling)
 
     def test_writable_leaves_the_rest_alone(self, root):
         for path in ("lukhas.tomlx", "docs/lukhas.toml", "x/.github/y", "github/x"):
@@ -10414,7 +10420,7 @@ class TestPaths:
                 with pytest.raises(lm.PathRefused, match="another name"):
                     prepare()
 
-    def test_only_regular_files_are_opened_and_nothing_waits(self, root):
+    def test_GHSA_p9cv_8g75_4xcg_only_regular_files_are_opened_and_nothing_waits(self, root):
         os.mkfifo(root.path + "/pipe")
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as one:
             one.bind(root.path + "/s")
@@ -10437,7 +10443,7 @@ class TestPaths:
                 pass
         assert os.listdir(root.path + "/../outside") == ["o.txt"]
 
-    def test_a_link_swapped_in_never_leads_outside(self, root, tmp_path):
+    def test_GHSA_p9cv_8g75_4xcg_a_link_swapped_in_never_leads_outside(self, root, tmp_path):
         (tmp_path / "outside/guide.md").write_text("outside secret\n")
         seen = set()
         with swapping(tmp_path / "repo/docs", tmp_path / "outside"):
@@ -10458,7 +10464,7 @@ class TestPaths:
 
     @settings(max_examples=400, deadline=None)
     @given(st.lists(st.sampled_from(["..", ".", "", "a", ".git", "~", "\\", "\0", "ñ", "x" * 300, "a.b", " "]), max_size=6).map("/".join))
-    def test_whatever_is_accepted_is_below_and_means_itself(self, path):
+    def test_GHSA_7rgq_gccq_qphx_whatever_is_accepted_is_below_and_means_itself(self, path):
         with contextlib.closing(lm.Root("/tmp")) as root:
             try:
                 rel = root.relative(path)
@@ -10876,7 +10882,33 @@ class TestRepository:
         files.commit(files.prepare_rename("a/b.txt", "c.txt"))
         assert (place / "c.txt").read_bytes() == b"x" and not (place / "a/b.txt").exists() and not leftovers(place)
 
-    def test_a_write_never_follows_a_link_that_is_swapped_in(self, files, place):
+    def test_CVE_2025_53109_a_link_leads_nowhere(self, files, place):
+        (place / "file-link").symlink_to(place.parent / "outside/o.txt")
+        (place / "dangling").symlink_to(place.parent / "outside/new.txt")
+        before, now = tree_of(place.parent), sha(b"outside secret\n")
+        for path in ("link/o.txt", "link/new.txt", "file-link", "dangling"):
+            for deed in (lambda: files.fetch(path), lambda: files.prepare_write(path, b"x"), lambda: files.prepare_append(path, b"x"),
+                         lambda: files.prepare_delete(path, now), lambda: files.prepare_rename(path, "taken"),
+                         lambda: files.prepare_rename("README.md", path, overwrite=True), lambda: files.list_dir(path),
+                         lambda: files.prepare_patch(path, "@@ -0,0 +1 @@\n+x\n", expect_sha256="", allow_create=True)):
+                with pytest.raises(lm.PathRefused):
+                    deed()
+        assert tree_of(place.parent) == before
+
+    def test_GHSA_7m4x_rv66_mxhh_a_move_takes_nothing_from_behind_a_swapped_link(self, files, place):
+        outside = place.parent / "outside"
+        (outside / "m.txt").write_text("outside secret\n")
+        done = 0
+        with swapping(place / "docs", outside):
+            for number in range(200):
+                for source, target in (("docs/guide.md", "moved.md"), ("moved.md", "docs/guide.md"), ("docs/m.txt", f"{number}.txt")):
+                    with contextlib.suppress(lm.ToolError):
+                        files.commit(files.prepare_rename(source, target))
+                        done += 1
+        assert done and sorted(os.listdir(outside)) == ["m.txt", "o.txt"] and not list(place.glob("[0-9]*.txt"))
+        assert [path.read_bytes() for path in place.rglob("*.md") if path.name in ("guide.md", "moved.md")] == [b"# guide\n\nline two\nline three\n"]
+
+    def test_GHSA_53mr_w429_c597_a_write_never_follows_a_link_that_is_swapped_in(self, files, place):
         outside = place.parent / "outside"
         with swapping(place / "docs", outside):
             done = 0
@@ -11287,7 +11319,7 @@ class TestGit:
     @pytest.mark.parametrize("revision", [
         "--output=pwned", "-p", "--", "", "HEAD..main", "main...HEAD", "HEAD:README.md", ":/start", "a b", "HEAD\n", "*",
         "--exec=touch pwned", "-O/etc/passwd", "HEAD\0", "x" * 300, "@{u}\\", "^HEAD"])
-    def test_argument_injection_by_revisions(self, repo, revision):
+    def test_CVE_2025_68144_argument_injection_by_revisions(self, repo, revision):
         run = open_git(repo).open()
         for call in (lambda: lm.read_commit(run, revision), lambda: lm.read_log(run, revision, "", 0, 5),
                      lambda: lm.read_old_file(run, revision, "README.md")):
@@ -13977,6 +14009,10 @@ def git_server(tmp_path_factory):
 
 class TestGitTools:
     """Through one server, but where it must die or lack something."""
+
+    def test_CVE_2025_68143_and_68145_no_tool_names_a_repository(self):
+        named = {name for one in lm.TOOLS.values() for name in one.properties}
+        assert not named & {"repo", "repo_path", "repository", "git_dir", "work_tree", "cwd", "root"} and "git_init" not in lm.TOOLS
 
     def test_a_patch_is_tried_then_made(self, git_server):
         server = git_server
@@ -21450,7 +21486,12 @@ WRONG_BODIES = [
     (b'{"jsonrpc":"2.0","id":' + b"9" * 40 + b',"method":"ping"}', -32700)]
 LEADING_OUT = ["../o.txt", "docs/../../o.txt", "/etc/passwd", "link/o.txt", "../repo-sibling/s.txt",
                ".git/config", ".GIT/config",
-               ".mcp-state.db", ".env", "a\x00b", "~/x", ".", ""]
+               ".mcp-state.db", ".env", "a\x00b", "~/x", "//etc/passwd", "/", "./../outside/o.txt", "docs/..", "/proc/self/root/etc/passwd",
+               "link/new.txt", "file-link", "dangling", "loop", "self/README.md", "git-link/config", "root-link/etc/passwd", "docs-link/guide.md",
+               ".Git/hooks/x", ".git./x", ".git /x", "GIT~1/x", ".g\u200cit/x", "\ufeff.git/x", ".git::$INDEX_ALLOCATION/x", "docs/./.git/x",
+               ".ENV", ".env.local", ".env ", "docs/server.PEM", "id_rsa", ".npmrc", ".aws/credentials", ".e\u200cnv", "pipe", "socket",
+               "..\\outside\\o.txt", "C:\\x", "a\nb", "\x1b[31m", "README.md/x", "README.md/", "a//b", "x" * 256, "x" * 4097, "d/" * 64 + "x",
+               "keys.txt", "twin.txt"]
 FILE_CALLS: dict[str, Callable[[str], dict[str, Any]]] = {
     "write_file": lambda path: {"path": path, "contents": "x", "overwrite": True},
     "create_file": lambda path: {"path": path, "contents": "x"},
@@ -21458,6 +21499,9 @@ FILE_CALLS: dict[str, Callable[[str], dict[str, Any]]] = {
     "append_file": lambda path: {"path": path, "contents": "x"},
     "delete_file": lambda path: {"path": path, "expectSha256": "0" * 64},
     "rename_file": lambda path: {"from": "README.md", "to": path, "overwrite": True},
+    "rename_file from": lambda path: {"from": path, "to": "taken.txt"},
+    "apply_patch": lambda path: {"path": path, "patch": "@@ -0,0 +1 @@\n+x\n", "expectSha256": "", "allowCreate": True},
+    "git_show": lambda path: {"commit": "HEAD", "path": path, "contents": True},
     "writeFile": lambda path: {"path": path, "content": "x", "overwrite": True},
     "createFile": lambda path: {"path": path, "content": "x"},
     "fetch": lambda path: {"id": "lukhas-path:" + base64.urlsafe_b64encode(path.encode()).decode()}}
@@ -21593,13 +21637,29 @@ class TestBytesMisused:
         assert all(name in done["reason"] for name in ("no-such-task", "probe", "stress-test")), done
 
     def test_no_path_leads_out_of_the_repository(self, make_server: Callable[..., Server]) -> None:
-        server = make_server()
-        (server.repo / ".env").write_text("TOKEN=secret\n")
+        server = make_server(started=False, LUKHAS_MCP_API_KEYS_FILE="keys.txt")
+        repo = server.repo
+        for name in (".env", "docs/server.PEM", "keys.txt"):
+            (repo / name).write_text("kit:admin:TOKEN-secret\n")
+        for name, target in (("file-link", "../outside/o.txt"), ("dangling", "../outside/new.txt"), ("loop", "loop"), ("self", "."),
+                             ("git-link", ".git"), ("root-link", "/"), ("docs-link", "docs")):
+            (repo / name).symlink_to(target)
+        os.mkfifo(repo / "pipe")
+        os.link(repo / "keys.txt", repo / "twin.txt")
+        server.key = "TOKEN-secret"
+        server.start()
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener, contextlib.chdir(repo):
+            listener.bind("socket")
         before = tree_of(server.folder)
         for tool, arguments in FILE_CALLS.items():
-            for path in LEADING_OUT:
-                text = server.call_error(tool, **arguments(path))
+            for path in LEADING_OUT + (["docs", ".", "", "./"] if tool != "git_show" else []):
+                text = server.call_error(tool.partition(" ")[0], **arguments(path))
                 assert "secret" not in text and str(server.folder / "outside") not in text, (tool, path, text)
+        for path in LEADING_OUT:
+            _, _, document = server.rpc("resources/read", {"uri": "lukhas://file/" + urllib.parse.quote(path)})
+            assert "error" in document and "secret" not in str(document), (path, document)
+        said = server.call("list_dir", path=".", max=200, includeDirs=True), server.call("find_files", glob="**", max=500), server.call("git_status")
+        assert "o.txt" not in str(said) and ".env" not in str(said) and "keys.txt" not in str(said), said
         assert tree_of(server.folder) == before
         assert git(server.repo, "status", "--porcelain", "--untracked-files=no") == ""
 
