@@ -220,7 +220,7 @@ __version__ = "2.0.0"
 
 __all__ = [
     # Ground
-    "Clock", "SystemClock", "sync_file", "new_id", "new_secret", "utc_text", "parse_utc", "to_json", "to_text", "parse_json",
+    "Clock", "SystemClock", "sync_file", "sync_folder_of", "new_id", "new_secret", "utc_text", "parse_utc", "to_json", "to_text", "parse_json",
     # Errors
     "LukhasError", "ConfigError", "HttpError", "AccessError", "RpcError", "ToolError", "UpstreamError",
     # Vocabulary
@@ -427,6 +427,15 @@ def sync_file(descriptor: int) -> None:
     except OSError:
         pass  # a file system that knows no such call
     os.fsync(descriptor)
+
+
+def sync_folder_of(path: str) -> None:
+    """Let the name of a new or renamed file outlive a power cut."""
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        sync_file(folder)
+    finally:
+        os.close(folder)
 
 
 def new_secret() -> str:
@@ -4545,8 +4554,10 @@ _BOUND_ACTIONS = ("audit_adopt", "audit_redact", "audit_seal")  # without their 
 @contextlib.contextmanager
 def _change(path: str, clock: Clock) -> Iterator[Transaction]:
     """One transaction on a database that is there; what it frees is overwritten. Raises ConfigError."""
-    connect_readonly(path).close()
-    connection = open_database(path, clock)
+    journal = "wal"
+    with contextlib.closing(connect_readonly(path)) as connection, contextlib.suppress(sqlite3.Error):
+        journal = connection.execute("PRAGMA journal_mode").fetchone()[0]  # stays as its server has chosen
+    connection = open_database(path, clock, journal=journal)
     try:
         connection.execute("PRAGMA secure_delete=ON")
         connection.execute("BEGIN IMMEDIATE")
@@ -4629,6 +4640,7 @@ def _write_seal(path: str, zip_path: str, before_s: float, now_s: float, last: A
             summary = write_evidence(stream, path, span, now_s, through_id=last.audit_id)
             stream.flush()
             sync_file(stream.fileno())
+        sync_folder_of(zip_path)  # the rows go only when the file is there for good
         with open(zip_path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
@@ -4677,6 +4689,7 @@ def _settle(begun: str, to_path: str, checkpoints: str) -> None:
         stream.flush()
         sync_file(stream.fileno())
     os.replace(begun, to_path)
+    sync_folder_of(to_path)
 
 
 # ==============================================================================
@@ -20367,6 +20380,7 @@ def _replace_file(path: str, content: bytes) -> None:
             stream.flush()
             sync_file(stream.fileno())
         os.replace(temporary, path)
+        sync_folder_of(path)
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

@@ -4030,6 +4030,14 @@ class TestCustody:
                 lm.redact_row(path, lm.SystemClock(), audit_id, CLI, "x")
         assert lm.verify_log(path).rows == 4
 
+    @pytest.mark.parametrize("journal", ["wal", "delete"])
+    def test_the_journal_stays_as_it_was_chosen(self, tmp_path, journal):
+        path = fill_log(tmp_path, 3)
+        change_rows(path, f"PRAGMA journal_mode={journal}")
+        assert lm.redact_row(str(path), lm.SystemClock(), 2, CLI, "x") == 4
+        assert lm.seal_rows(str(path), lm.SystemClock(), time.time() + 9, str(tmp_path / "x.zip"), CLI).rows == 4
+        assert read_rows(path, "PRAGMA journal_mode") == [(journal,)]
+
     def test_rows_of_the_original_are_bound(self, tmp_path):
         path = make_original(tmp_path)
         open_and_close(path)
