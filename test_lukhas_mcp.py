@@ -21568,6 +21568,52 @@ class TestKeysMisused:
         assert server.call("observe", gate="g", modelId="m", latency_ms=[1.0], errors=0)["accepted"] >= 1
 
 
+class TestKeysKept:
+    """A key is told to nobody, given rightly or wrongly, in whatever place."""
+
+    def test_nothing_of_a_key_is_kept_or_shown(self, make_server: Callable[..., Server], tmp_path: pathlib.Path) -> None:
+        plain, hashed, wrong, fresh = (f"{name}{secrets.token_hex(8)}" for name in ("plain", "hashed", "wrong", "fresh"))
+        keys = tmp_path / "keys"
+        keys.write_text(f"ops:operator:{plain}\nview:viewer:sha256:{hashlib.sha256(hashed.encode()).hexdigest()}\n")
+        server = make_server(LUKHAS_MCP_API_KEYS_FILE=keys, LUKHAS_MCP_API_KEYS=f"env:admin:{plain}-env", key=plain,
+                             LUKHAS_MCP_AUDIT="all", LUKHAS_MCP_KEY_IN_URL=1, started=False)
+        (server.repo / "lukhas.toml").write_text('[tasks.env]\ncommand = ["sh", "-c", "env; cat /proc/$$/environ; sleep 1"]\n')
+        server.start()
+        shown = b""
+        for one in (plain, hashed, wrong):
+            lines = [f"GET {path}{one} HTTP/1.1" for path in (
+                "/metrics?key=", "/metrics?Key=", "/metrics?k%65y=", "/metrics?key=a&key=", "/sse?topic=jobs&key=x", "/nope?key=",
+                "/nope?api_key=", "/nope?token=", "/metrics?key%00=", "http://u:p@127.0.0.1/metrics?key=", "/cockpit.html?key=")]
+            heads = [f"{name}: {one}{end}" for name in ("X-API-Key", "Authorization: Bearer", "Authorization: Basic", "Cookie",
+                                                        "Mcp-Session-Id", "Origin") for end in ("", "x")]
+            for line, head in [*((line, "X: y") for line in lines), *(("GET /metrics HTTP/1.1", head) for head in heads)]:
+                with send_raw(server, f"{line}\r\nHost: 127.0.0.1\r\nConnection: close\r\n{head}\r\n\r\n".encode()) as connection:
+                    shown += connection.recv(65536)
+            server.request("POST", f"/mcp?key={one}", ROUTE_BODY["/mcp"], {"Content-Type": "application/json"})
+        job = server.call("run_eval", taskId="env", configId="c")["jobId"]
+        commands = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True).stdout
+        server.wait_for("status", jobId=job)
+        for text in (f"a:operator:{plain}\na:operator:{plain}\n", f"{plain} {plain}\n:::\n", f"sha256:{plain}\n", f"ops:operator:{fresh}\n"):
+            keys.write_text(text)
+            told = server.stderr.count("the keys ")
+            server.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: server.stderr.count("the keys ") > told, what="the keys read again")
+        assert server.request("GET", "/metrics").status == 401
+        server.key = fresh
+        with zipfile.ZipFile(io.BytesIO(server.request("GET", "/evidence/export").body)) as archive:
+            evidence = b"".join(map(archive.read, archive.namelist()))
+        told = [server.stderr.encode(), server.stdout.encode(), shown, commands, evidence, server.request("GET", "/metrics").body,
+                server.call("why", id=job).encode(), json.dumps(server.call("get_infrastructure_status")).encode()]
+        for command in ("config", "doctor"):
+            done = subprocess.run([*python_command(), str(PROGRAM), command], capture_output=True, cwd=server.repo,
+                                  env=clean_environ(**{name: str(value) for name, value in server.settings.items()}))
+            told.append(done.stdout + done.stderr)
+        server.stop()
+        told += [path.read_bytes() for place in (server.repo, server.folder / "state") for path in place.rglob("*") if path.is_file()]
+        for one in (plain, hashed, wrong, fresh):
+            assert not [text[max(0, text.find(one.encode()) - 200):][:300] for text in told if one.encode() in text]
+
+
 NARRATIVE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d\] actor=[\w./:@+-]+ action=[\w./:@+-]+ details=(\{.*\})", re.ASCII)
 FORGERY = "[2025-10-04 08:15] actor=system action=forged details={}"
 EVIL_TEXTS = tuple(f"x{mark}{FORGERY}" for mark in (
