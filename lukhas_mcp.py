@@ -302,7 +302,7 @@ __all__ = [
     # Patch
     "PatchResult", "apply_patch",
     # Paths
-    "Root", "is_secret_path", "open_subfolder", "open_regular", "take_name", "read_open_file", "explain_os_error", "file_errors",
+    "Root", "is_secret_path", "open_subfolder", "open_regular", "hold_folders", "take_name", "read_open_file", "explain_os_error", "file_errors",
     # Contents
     "encode_contents", "apply_template", "encode_path_id", "decode_path_id", "text_document",
     # Repository
@@ -11766,6 +11766,14 @@ def open_regular(folder: int, name: str, rel: str) -> tuple[int, os.stat_result]
     raise PathRefused(f"Not a regular file: {rel}")
 
 
+def hold_folders(*folders: int) -> None:
+    """Wait until no other process of ours changes a file in these folders; closing them lets go."""
+    found = {os.fstat(folder)[1:3]: folder for folder in folders}  # by inode and device, in which all agree on an order
+    for _, folder in sorted(found.items()):
+        with contextlib.suppress(OSError):  # no locks here: that of the path must do, which this process alone sees
+            fcntl.flock(folder, fcntl.LOCK_EX)
+
+
 def take_name(folder: int, name: str, new_name: str, new_folder: int | None = None) -> None:
     """Give a file a name that nothing has; FileExistsError if something has it, whoever was faster."""
     new_folder = folder if new_folder is None else new_folder
@@ -12308,6 +12316,7 @@ class Repository:
                 if current is None:
                     take_name(folder, temporary, name)
                 else:
+                    hold_folders(folder)
                     _check_untouched(folder, name, change.rel, current)
                     os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
             sync_file(folder)
@@ -12315,9 +12324,10 @@ class Repository:
 
     def _rename(self, change: Change) -> Written:
         with self.root.open_parent(change.rel) as (folder, name):
-            current = _expect(folder, name, change.rel, change.old_sha256)
             with file_errors(change.target), self.root.open_parent(change.target, create=True) as there:
                 new_folder, new_name = there
+                hold_folders(folder, new_folder)
+                current = _expect(folder, name, change.rel, change.old_sha256)
                 replaced = _expect(new_folder, new_name, change.target, change.target_sha256)
                 if replaced is None:
                     take_name(folder, name, new_name, new_folder)
@@ -12333,6 +12343,7 @@ class Repository:
 
     def _delete(self, change: Change) -> Written:
         with self.root.open_parent(change.rel) as (folder, name):
+            hold_folders(folder)
             current = _expect(folder, name, change.rel, change.old_sha256)
             os.unlink(name, dir_fd=folder)
             sync_file(folder)
