@@ -18037,7 +18037,7 @@ def _take_away(services: Services, tx: Transaction, call: Call, gate: str, holde
 
 @tool("undo_change", title="Undo a change", hints=OVERWRITES, role="operator", level="changes",
       arguments=shape(("auditId",), auditId=integer("The auditId of a changing tool's answer, or of a row of `why`.",
-                                                    1, 2**53)),
+                                                    0, 2**53)),
       output=shape(("undone", "kind", "what", "outcome"),
                    undone=integer("The audit id of what was taken back."),
                    kind=string("file, commit, gate or undo."), what=string(), outcome=string(), at=string(),
@@ -18106,7 +18106,7 @@ def list_undoables(reads: Reads, actor: str, session: str, since: str,
     """
     found = {one.audit_id: one for one in (*_own_rows(reads, actor, since),
                                            *_promoted_canaries(reads, actor, since))
-             if one.session.startswith(session)}
+             if one.session.startswith(session) or (one.session and session.startswith(one.session))}
     newest = [found[audit_id] for audit_id in sorted(found, reverse=True)]
     undoing = {one.audit_id for one in newest if _target_of(reads, one) in found}
     wanted = (one for one in newest if one.audit_id not in undoing and is_in_effect(reads, one)
@@ -18312,7 +18312,7 @@ def tell_promotion(tx: Transaction, services: Services, call: Call, deed: Deed,
         + (", as the person at the client agreed" if call.is_confirmed else "")
     details = {"modelId": model_id, "gate": gate, "promotionId": deed.change_id}
     ids = (model_id, gate, deed.change_id, *passes.values())
-    tx.record(call.record(ids, message, details | ({"passed": dict(passes)} if passes else {}), "model"))
+    call.audit_id = tx.record(call.record(ids, message, details | ({"passed": dict(passes)} if passes else {}), "model"))
     tx.publish("model", model_id, "promoted", {"modelId": model_id, "gate": gate, "status": "PROMOTED",
                                                "currentGates": tx.gates_of(model_id), "narrative": message})
     services.actuator.queue(tx, deed, "promote", message, {"by": call.actor.name})
@@ -18369,6 +18369,8 @@ async def tool_revert_promotion(services: Services, call: Call) -> dict[str, Any
     document = await services.canaries.revert(gate, call.get("to"), call.actor, call.get("reason"))
     if document["changed"]:
         document["actuation"] = actuation_of(services.store.load_deliveries(document["revertId"]))
+        told = services.store.linked_audits(document["revertId"], action="revert_promotion")
+        call.audit_id = told[-1].audit_id if told else None
         if document["to"] is None:
             call.warnings.append(f"nobody held the gate {gate} before, as far as this database knows; nobody holds it now")
     return document | tell_durable(services, call, f"gate {gate}")

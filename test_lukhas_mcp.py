@@ -14621,7 +14621,7 @@ class TestUndo:
             grown = services.store.audits_of("agent", "", 2**62, 9)[1].audit_id
             await call("agent", "write_file", path="README.md", contents="x")  # refused: it exists
             refused_id = services.store.audits_of("agent", "", 2**62, 9)[0].audit_id
-            for audit_id, words in ((99999, "Unknown auditId"), (refused_id, "nothing that can be undone"), (grown, "not kept any more")):
+            for audit_id, words in ((99999, "Unknown auditId"), (0, "Unknown auditId"), (-1, "Unknown auditId"), (refused_id, "nothing that can be undone"), (grown, "not kept any more")):
                 answer = await call("operator", "undo_change", auditId=audit_id)
                 assert answer["failed"] and words in answer["error"], answer
             assert large["size"] == 2**20 + 1
@@ -14641,8 +14641,7 @@ class TestUndo:
                 return (services.store.holder_of("prod") or {}).get("modelId")
             made = []
             for model in ("one", "two", "three"):
-                await call("agent", "promote_model", modelId=model, gate="prod")
-                made.append(services.store.audits_of("agent", "", 2**62, 1)[0].audit_id)
+                made.append((await call("agent", "promote_model", modelId=model, gate="prod"))["auditId"])
             refused = await call("operator", "undo_change", auditId=made[0])
             assert refused["failed"] and "three holds it" in refused["error"]
             undone = await call("operator", "undo_change", auditId=made[2])
@@ -14697,8 +14696,9 @@ class TestUndo:
             for name, session in (("a", "s-1"), ("b", "s-2"), ("c", "")):
                 await call("agent", "write_file", path=f"{name}.txt", contents=name, in_session=session)
             await call("other", "write_file", path="d.txt", contents="d", in_session="s-1")
+            whole = await call("operator", "undo", actor="agent", session="s-1-as-the-client-has-it", dryRun=True)
             listed = await call("operator", "undo", actor="agent", session="s-1")
-            assert [one["what"] for one in listed["changes"]] == ["create a.txt"] and not (repo / "a.txt").exists()
+            assert [one["what"] for one in listed["changes"]] == [one["what"] for one in whole["changes"]] == ["create a.txt"] and not (repo / "a.txt").exists()
             later = lm.utc_text(services.clock.now_s() + 1)
             assert (await call("operator", "undo", actor="agent", since=later))["changes"] == []
             newest = await call("operator", "undo", actor="agent", limit=1)
