@@ -5,6 +5,7 @@
 #     "pytest==9.2.0",
 #     "hypothesis==6.170.15",
 #     "h11==0.16.0",
+#     "httptools==0.9.0",
 #     "playwright==1.65.2",
 #     "pytest-reportlog==1.0.0",
 #     "inspect-ai==0.3.285",
@@ -232,6 +233,7 @@ import h11
 import hashlib
 import http.client
 import http.server
+import httptools
 import hypothesis
 import importlib.util
 import io
@@ -1887,6 +1889,37 @@ def read_by_h11(message: bytes):
     return request.method, request.target, [tuple(pair) for pair in request.headers], body
 
 
+class LlhttpReader:
+    """The first message as llhttp reads it, strictly; `is_whole` once its end was seen."""
+
+    def __init__(self) -> None:
+        self.method, self.target, self.body, self.headers, self.is_whole = b"", b"", b"", [], False
+        self._parser = httptools.HttpRequestParser(self)
+
+    def read(self, message: bytes) -> LlhttpReader:
+        """Read it all. Raises httptools.HttpParserError."""
+        self._parser.feed_data(message)
+        return self
+
+    def on_url(self, part: bytes) -> None:
+        if not self.is_whole:
+            self.target += part
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.is_whole:
+            self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self.method = self.method or self._parser.get_method()
+
+    def on_body(self, part: bytes) -> None:
+        if not self.is_whole:
+            self.body += part
+
+    def on_message_complete(self) -> None:
+        self.is_whole = True
+
+
 TOKEN_TEXT = st.text("!#$%&'*+-.^_`|~0189azAZ", min_size=1, max_size=12)
 VALUE_BYTES = st.lists(st.sampled_from([*range(0x21, 0x7f), *range(0x80, 0x100)]), max_size=20).map(bytes)
 
@@ -2094,6 +2127,32 @@ class TestHttp:
         if requests:  # what both take has the same framing
             assert theirs is not None and theirs[3] == requests[0].body
             assert (theirs[0], theirs[1]) == (requests[0].method.encode(), requests[0].target.encode())
+
+
+    @hypothesis.settings(max_examples=300, deadline=None)
+    @hypothesis.given(valid_messages(), st.lists(st.tuples(
+        st.integers(0, 10_000), st.sampled_from(MESSAGE_FAULTS), st.booleans()), max_size=3))
+    def test_what_llhttp_refuses_is_refused_here(self, message, changes):
+        raw = b"POST" + message[0][len(message[1]):]  # llhttp knows a list of methods
+        for at, spice, is_put_over in changes:
+            at %= len(raw) + 1
+            raw = raw[:at] + spice + raw[at + is_put_over:]
+        # Faults for llhttp alone: a blank before an extension (RFC 9112 section 7.1.1), a tab behind a value (5.6.3).
+        hypothesis.assume(not any(one in raw for one in (b" ;", b"\t;", b"chunked\t")))
+        requests, status = read_messages([raw])
+        theirs = LlhttpReader()
+        try:
+            theirs.read(raw)
+        except (httptools.HttpParserInvalidMethodError, httptools.HttpParserUpgrade):
+            return
+        except httptools.HttpParserError:
+            assert status is not None or theirs.is_whole and requests
+            return
+        if requests:  # what both take has the same framing
+            assert theirs.is_whole and theirs.body == requests[0].body
+            assert (theirs.method, theirs.target) == (requests[0].method.encode(), requests[0].target.encode())
+        elif not changes:
+            pytest.fail("llhttp takes it and this parser does not")
 
 
 class TestHttpAnswers:
@@ -17587,6 +17646,96 @@ class TestConnection:
             gc.collect()
             assert sum(isinstance(one, lm.Connection) for one in gc.get_objects()) == 0
         with_server(tmp_path, story)
+
+
+#: What an argument may be in place of what it should be.
+ODD_VALUES = [None, True, False, 0, -1, 1, 7.5, 1e300, 2**63, 10**25, "", "x", " ", "\0", "a\nb", "\u2028\u202e", "é" * 300, "\ud800", "../x", "-x",
+              "job_00000000", "canary_00000000", "lukhas://file/README.md", "now", "x" * 5000, [], ["x"], [None], [[]], {}, {"a": 1}, [1] * 300]
+METHOD_PARAMS = {
+    "initialize": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "x", "version": "1"}},
+    "resources/read": {"uri": "lukhas://file/README.md"}, "resources/subscribe": {"uri": "lukhas://job/x"},
+    "resources/unsubscribe": {"uri": "lukhas://job/x"}, "prompts/get": {"name": "plan_promotion", "arguments": {"modelId": "m", "gate": "g"}},
+    "completion/complete": {"ref": {"type": "ref/prompt", "name": "plan_promotion"}, "argument": {"name": "gate", "value": ""}},
+    "logging/setLevel": {"level": "info"}, "subscriptions/listen": {"notifications": {"resourcesListChanged": True}},
+    "tasks/get": {"taskId": "job_00000000"}, "tasks/update": {"taskId": "job_00000000", "inputResponses": {}},
+    "tasks/cancel": {"taskId": "job_00000000"}}
+
+
+class TestEnvelopes:
+    """Requests that are well-formed but for their params, thousands in each revision: a proper answer to each."""
+
+    @staticmethod
+    def spoil(params, chance):
+        """Some of the params taken away, replaced or added to; those of an inner object too."""
+        params = dict(params)
+        for name in list(params):
+            if isinstance(params[name], dict) and chance.random() < 0.4:
+                params[name] = TestEnvelopes.spoil(params[name], chance)
+            elif chance.random() < 0.4:
+                params[name] = chance.choice(ODD_VALUES)
+            elif chance.random() < 0.1:
+                del params[name]
+        return params | ({chance.choice(["x", "", "__proto__", "é"]): chance.choice(ODD_VALUES)} if chance.random() < 0.3 else {})
+
+    def make_call(self, name, chance):
+        """Method and params: of `tool/x` that tool's, by its schema and its examples."""
+        if not name.startswith("tool/"):
+            return name, self.spoil(METHOD_PARAMS.get(name, {"cursor": "x"}), chance)
+        one = lm.TOOLS[name[5:]]
+        given = dict(chance.choice(one.examples)) if one.examples else {}
+        given |= {key: chance.choice(ODD_VALUES) for key in one.properties if chance.random() < 0.3}
+        return "tools/call", {"name": one.name, "arguments": self.spoil(given, chance)}
+
+    @staticmethod
+    def coded(value):
+        """A value as a header of 2026-07-28 carries it."""
+        return f"=?base64?{base64.b64encode(str(value).encode('utf-8', 'replace')).decode()}?="
+
+    def headers_for(self, method, params):
+        """The routing headers that say what the body says."""
+        named = next((params[key] for key in ("name", "uri", "taskId") if isinstance(params.get(key), str)), None)
+        headers = {"mcp-protocol-version": MODERN_VERSION, "mcp-method": method} | ({"mcp-name": self.coded(named)} if named is not None else {})
+        one, arguments = lm.TOOLS.get(params.get("name") if method == "tools/call" else None), params.get("arguments")
+        routed = one.routed if one and isinstance(arguments, dict) else {}
+        return headers | {header: self.coded(arguments[key]) for key, header in routed.items() if arguments.get(key) is not None}
+
+    @pytest.mark.parametrize("version", lm.REVISIONS)
+    def test_every_method_and_tool_answers_whatever_its_params_are(self, tmp_path, version, caplog):
+        is_modern = version == MODERN_VERSION
+        names = [name for name, (_, legacy, modern) in lm.METHODS.items() if (modern if is_modern else legacy) and name != "tools/call"]
+        names += [f"tool/{name}" for name in lm.TOOLS]
+        chance, reached, codes = random.Random(version), collections.Counter(), collections.Counter()
+
+        async def ask(services, at):
+            name = names[at % len(names)]
+            method, params = self.make_call(name, chance)
+            headers = {"mcp-protocol-version": version}
+            if is_modern:
+                params["_meta"] = {META + "protocolVersion": version, META + "clientCapabilities": {}}
+                headers = self.headers_for(method, params)
+            body = json.dumps({"jsonrpc": "2.0", "id": at, "method": method, "params": params}).encode()
+            found = await lm.answer(services, lm.RpcContext(lm.ANONYMOUS, headers, can_stream=method == "subscriptions/listen"), body)
+            if found.outlet is not None:
+                found.outlet.close()
+                return
+            assert found.status in (200, 400, 404, 429) and found.document["jsonrpc"] == "2.0" and found.document["id"] == at, (body, found)
+            lm.to_json(found.document)
+            code = found.document.get("error", {}).get("code")
+            if code == -32020:
+                assert b"ud800" in body, "no header can carry a lone surrogate"
+                return
+            assert ("result" in found.document) != ("error" in found.document) and code not in (-32603, -32700, -32600, -32601), (body, found)
+            codes[code] += 1
+            if code is None or code != -32602 or not name.startswith("tool/"):
+                reached[name] += 1
+
+        async def story(here):
+            for first in range(0, 2000, 50):
+                await asyncio.gather(*(ask(here.services, at) for at in range(first, first + 50)))
+            assert lm.verify_file(str(here.services.config.db)) is None
+        with_server(tmp_path, story, LUKHAS_MCP_SYNC="normal", LUKHAS_MCP_MAX_QUEUED_JOBS=5)
+        assert set(reached) == set(names) and codes[None] > 1000
+        assert not [record for record in caplog.records if record.levelno >= logging.ERROR], caplog.text[:2000]
 
 
 def talk_deaf(port, data, *, room=None):
