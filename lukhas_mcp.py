@@ -16025,6 +16025,7 @@ class Services:
     lease_holder: str = ""
     is_draining: bool = False
     is_exporting: bool = False  # evidence is made one at a time
+    connections: set[Any] = field(default_factory=set)  # that are open
     committing: asyncio.Lock = field(default_factory=asyncio.Lock)
     key_use: KeyUse = field(default_factory=KeyUse)
     system_secret: str = field(default="", repr=False)  # the key of the built-in probes
@@ -20195,6 +20196,10 @@ async def route_readyz(services: Services, request: Request) -> Response:
     return json_response(document, 503 if reasons else 200)
 
 
+_LIMITS = ("max_header", "max_body", "max_connections", "max_connections_per_ip", "max_streams", "max_streams_per_key",
+           "max_jobs", "max_queued_jobs", "rl_bucket", "rl_window_ms")
+
+
 @route("GET", "/metrics", access="viewer", cost=1)
 async def route_metrics(services: Services, request: Request) -> Response:
     """Prometheus text format 0.0.4."""
@@ -20210,6 +20215,8 @@ async def route_metrics(services: Services, request: Request) -> Response:
         "lukhas_jobs": ("Evals by status.", {states[one]: counts.get(one, 0) for one in JobStatus}),
         "lukhas_canaries": ("Canaries by status.", {f'status="{one.lower()}"': canaries.get(one, 0)
                                                     for one in CanaryStatus}),
+        "lukhas_connections": ("Open connections.", {"": len(services.connections)}),
+        "lukhas_limit": ("Limits as they are set.", {f'name="{name}"': getattr(services.config, name) for name in _LIMITS}),
         "lukhas_sse_clients": ("Open event streams.", {"": len(broker.subscribers)}),
         "lukhas_sse_dropped_total": ("Event streams cut off for reading too slowly.", {"": broker.cut}),
         "lukhas_events_total": ("Events published.", {"": store.newest_event_id()}),
@@ -20510,7 +20517,7 @@ class Wire:
         self.limits = limits
         self.rows: list[dict[str, Any]] = []  # of the access log since the last sweep
         self._write_log = write_log
-        self.connections: set[Connection] = set()
+        self.connections: set[Connection] = services.connections
         self.per_address: collections.Counter[str] = collections.Counter()
         self.date = email.utils.formatdate(usegmt=True)
 

@@ -16660,7 +16660,7 @@ class TestRoutes:
         assert ready["status"] == "ready" and ready["controller"]["held"] is True
 
     def test_metrics(self, make_server):
-        server = make_server()
+        server = make_server(LUKHAS_MCP_MAX_BODY=12345)
         server.call("promote_model", modelId="m", gate="stage")
         server.call_error("status", jobId="job_x")
         for path in ("/nope", "/" + "x" * 500, "/nope2"):
@@ -16673,6 +16673,8 @@ class TestRoutes:
         assert series['lukhas_tool_calls_total{tool="promote_model",outcome="ok"}'] == 1
         assert series['lukhas_tool_calls_total{tool="status",outcome="error"}'] == 1
         assert series['lukhas_jobs{status="completed"}'] == 0 and series["lukhas_database_ok"] == 1
+        assert series["lukhas_connections"] >= 1 and series['lukhas_limit{name="max_body"}'] == 12345
+        assert len([name for name in series if name.startswith("lukhas_limit")]) == 10
         with server.sse("jobs") as stream:
             stream.next_frame()
             assert read_metrics(server.request("GET", "/metrics").text)["lukhas_sse_clients"] == 1
