@@ -14475,6 +14475,7 @@ _DEAD, _NO_DOCUMENT, _PATH_ONLY, _TEXT = -1, 0, 1, 2  # docs.state; only the las
 _WEIGHTS = "8.0, 5.0, 6.0, 2.5, 1.0"  # bm25 of path, title, symbols, head, body
 _ALL_LIMIT, _RARE_LIMIT, _NEAR_LIMIT, _NAME_LIMIT, _LITERAL_LIMIT = 90, 90, 60, 30, 60
 _PAIR_LIMIT = 1000
+_FEW = 10  # documents with every word: fewer, and those with some of them are looked at too
 _HEAD_CHARACTERS = 1200
 _MAX_NAMES = 400  # of one file, and as many headings
 _TELL_S = 0.2
@@ -14785,7 +14786,7 @@ class IndexReader:
         if query.terms:
             near = self._find_near([word for word in query.terms if counts[word]])
             first = self._match(ask_all(query, counts), _ALL_LIMIT)
-            rare = ask_rare(query, counts, self.total) if len(first) < _NAME_LIMIT else ""
+            rare = ask_rare(query, counts, self.total) if len(first) < _FEW else ""
             for row, path, bm25 in first + (self._match(rare, _RARE_LIMIT) if rare else []):
                 one = found.setdefault(path, Found(path, near=near.pop(row, 0.0)))
                 one.bm25 = max(one.bm25, bm25)
@@ -14840,7 +14841,7 @@ class IndexReader:
 # others write is found by sweeps, which go on while there are searches; one that comes after a pause
 # waits for a sweep, a second at most. Without an index the paths alone are searched, and it is said so.
 
-_READ_FILES = 16  # of the candidates of one search
+_READ_FILES = 12  # of the candidates of one search
 _BY_PATH = 100  # candidates where there is no index
 _SCANNED_FILES = 400  # in a repository of no more, all are read as long as there is no index
 _READ_BYTES = 200_000  # of one file
