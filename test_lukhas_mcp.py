@@ -23467,13 +23467,9 @@ def processor_s(pid: int) -> float:
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def meter_lag(seconds: float) -> float:
-    """Wait, and tell how late the latest hundredth of many short sleeps ended."""
-    late_s, end_s = [], time.monotonic() + seconds
-    while (begun_s := time.monotonic()) < end_s:
-        time.sleep(0.005)
-        late_s.append(time.monotonic() - begun_s - 0.005)
-    return sorted(late_s)[int(0.99 * len(late_s))]
+def waited_s(pid: int) -> float:
+    """Seconds for which a process was ready to run and had no processor (Linux, schedstat)."""
+    return sum(int(path.read_text().split()[1]) for path in pathlib.Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
 LIMITED_GATE = """
@@ -23661,17 +23657,17 @@ class TestCanaryProof:
             policy = {"windowSeconds": seconds + 30, "queryWindowSeconds": 1, "targets": PROOF_TARGETS}
             ids = [server.call("start_canary", modelId="m", fromGate="stage", toGate=f"g{at}",
                                policy=policy)["canaryId"] for at in range(200)]
-            asked_before, worked_before_s = prometheus.count, processor_s(server.process.pid)
-            lag_s = meter_lag(seconds)
-            asked = (prometheus.count - asked_before) / seconds
-            worked_s = processor_s(server.process.pid) - worked_before_s
+            pid, began_s = server.process.pid, time.monotonic()
+            before = prometheus.count, processor_s(pid), waited_s(pid)
+            wait_until(lambda: time.monotonic() > began_s + seconds, seconds + 5)
+            asked, worked_s, held_s = (prometheus.count - before[0]) / seconds, processor_s(pid) - before[1], waited_s(pid) - before[2]
             samples = [one for canary_id in ids
                        for one in server.call("canary_status", canaryId=canary_id, limit=1000)["samples"]]
             late_s = sorted(one["elapsedSeconds"] - one["tick"] for one in samples)
-            told = f"late {late_s[int(0.99 * len(late_s))]:.3f} s, the machine {lag_s:.3f} s, processor {worked_s:.2f} s, {asked:.0f} asked"
+            told = f"late {late_s[int(0.99 * len(late_s))]:.3f} s, had {worked_s:.2f} s, waited for {held_s:.2f} s, {asked:.0f} asked"
             assert worked_s < 0.45 * seconds, told
             assert asked < 100, f"{told}: the same query must be asked once for all canaries"
-            if lag_s < 0.02:  # on a machine that lets a bare thread wait for longer, lateness is not ours
+            if held_s < 0.1 * seconds:  # on a machine that lets it wait for longer, lateness is not ours
                 assert len(samples) >= 200 * (seconds - 1) and not [one for one in samples if one["missing"]], told
                 assert late_s[int(0.99 * len(late_s))] <= 0.1, told
 
@@ -23682,9 +23678,16 @@ class TestCanaryProof:
             one.name: (found["status"], found["samples"][-1]["tick"]) for one, found in judged}
 
     def test_a_server_killed_on_the_way_decides_the_same(self, races):
-        outcomes = [(one, found) for one, found in races[1].finish() if not one.is_boundary]
-        expected = {one.name: one.decision for one, _ in outcomes}
-        assert expected == {one.name: found["status"] for one, found in outcomes}
+        for one, found in races[1].finish():
+            if one.is_boundary:
+                continue  # on both targets: either decision is right
+            policy, samples = found["effectivePolicy"], found["samples"]
+            judged = range(round(policy["warmupSeconds"] / policy["intervalSeconds"]) + 1, samples[-1]["tick"] + 1)
+            seen = sum(sample["tick"] in judged and sample["missing"] != "controller_down" for sample in samples)
+            if found["reason"] == "restart_gap":  # this machine took that long to start a process
+                assert 2 * (len(judged) - seen) > 24, found
+            else:
+                assert found["status"] == one.decision, (one.name, found["reason"])
         assert races[1].restarts == 3
 
 
