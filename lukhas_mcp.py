@@ -15566,10 +15566,14 @@ class Spool(Outlet):
             self._wake.clear()
             await self._wake.wait()
 
+    def newer(self, number: int) -> list[tuple[int, dict[str, Any]]]:
+        """What is kept behind a number."""
+        return [one for one in self._kept if one[0] > number]
+
     async def take_after(self, number: int, connection: int) -> list[tuple[int, dict[str, Any]]]:
         """At least one message after a number; none when the stream is over or another connection reads it."""
         while connection == self.connection:
-            if found := [one for one in self._kept if one[0] > number]:
+            if found := self.newer(number):
                 return found
             if self.is_ended:
                 break
@@ -20062,6 +20066,8 @@ async def route_mcp_stream(services: Services, request: Request) -> Response:
     spool = session.spools.get(last[1]) if last else None
     if spool is None:
         return _stream_of_messages(MessageStream(services.notices, session.listener.outlet, owners, lambda: None))
+    if spool.is_ended and not spool.newer(int(last[2])):  # a cancelled one has no answer; this keeps clients from asking on
+        raise HttpError(405, "this stream is over; allowed: POST", headers=(("Allow", "POST, DELETE, OPTIONS"),))
     spool.let_go()
     return _stream_of_messages(SpoolStream(services.notices, spool, owners, int(last[2]), spool.connection))
 

@@ -13871,6 +13871,9 @@ class TestWorks:
                 assert client.notify("notifications/cancelled", requestId="long") == 202
                 while again.next_frame() is not None:
                     pass
+                last = {"Last-Event-ID": [frame.id for frame in again.frames if frame.id][-1]}
+        ask = {**client.headers, "Accept": "text/event-stream", **last}
+        assert mcp.request("GET", "/mcp", headers=ask).status == 405, "what was cancelled has no answer to come back for"
 
     def test_a_spool_keeps_the_newest(self):
         spool = lm.Spool("7")
