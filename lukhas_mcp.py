@@ -15908,6 +15908,12 @@ class Session:
             raise Unavailable(f"the client's answer to {request['method']} can't be used: {fault}")
         return answer
 
+    def drain(self) -> None:
+        """The server stops: nobody is waited for any more."""
+        for future in self.asked.values():
+            if not future.done():
+                future.set_exception(Unavailable("the server stops before the client has answered"))
+
     def take_answer(self, message: dict[str, Any]) -> None:
         """The client has answered a request of ours; what answers none is forgotten."""
         future = self.asked.get(message.get("id")) if isinstance(message.get("id"), str) else None
@@ -15973,6 +15979,11 @@ class Sessions:
         self._open.pop(session.session_id, None)
         self._notices.listeners.discard(session.listener)
         session.listener.outlet.end()
+
+    def drain(self) -> None:
+        """The server stops."""
+        for session in self._open.values():
+            session.drain()
 
     def sweep(self, now_s: float) -> None:
         """End what nobody has used for an hour; a request or stream that is open counts as use."""
@@ -21182,6 +21193,7 @@ class Server:
             listener.close()
         services.broker.drain()
         services.notices.drain()
+        services.sessions.drain()
         for connection in list(self._wire.connections):
             connection.drain()
         deadline_s = services.clock.monotonic_s() + _DRAIN_S
@@ -21356,6 +21368,7 @@ async def talk_by_lines(server: Server) -> None:
     stopping.cancel()
     services.is_draining = True
     services.notices.drain()
+    session.drain()
     await asyncio.wait(tasks, timeout=_AT_END_S)
     line.close()
     await server.stop()

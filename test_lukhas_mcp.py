@@ -13314,6 +13314,17 @@ class TestSessions:
             assert not session.asked
         run_async(scene())
 
+    def test_a_stop_of_the_server_answers_who_is_asked(self, make_server):
+        server = make_server(started=False)
+        (server.repo / "lukhas.toml").write_text(PLAN)
+        server.start()
+        client = LegacyClient(server, "2025-11-25", ELICITING)
+        with client.stream("tools/call", 1, name="promote_model", arguments={"modelId": "m", "gate": "prod"}) as stream:
+            assert stream.next_frame().json["method"] == "elicitation/create"
+            server.process.send_signal(signal.SIGTERM)
+            result = messages_until_answer(stream)[-1]["result"]
+        assert result["isError"] and "the server stops" in result["content"][0]["text"] and server.process.wait(15) == 0
+
     def test_a_stop_of_the_server_ends_the_stream(self, make_server):
         server = make_server()
         with LegacyClient(server).listen() as stream:
@@ -16133,10 +16144,20 @@ class TestListening:
         named = {"taskId": made["taskId"]}
         done = wait_until(lambda: (found := modern_result(server, "tasks/get", named, capabilities=TASKS_DECLARED))["status"] != "working" and found)
         assert done["status"] == "completed" and done["result"]["structuredContent"]["status"] == "COMPLETED" and done["resultType"] == "complete"
+        def begin(tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
+            return {"taskId": modern_result(server, "tools/call", {"name": tool, "arguments": arguments}, capabilities=TASKS_DECLARED)["taskId"]}
+        job, canary = begin("run_eval", {"taskId": "long", "configId": "ci"}), begin("start_canary", CANARY_START)
+        wait_until(lambda: server.call("status", jobId=job["taskId"])["status"] == "RUNNING")
         server.restart()
-        again = modern_result(server, "tasks/get", named, capabilities=TASKS_DECLARED)
-        assert again["result"] == done["result"]
+        def get(task: dict[str, Any]) -> dict[str, Any]:
+            return modern_result(server, "tasks/get", task, capabilities=TASKS_DECLARED)
+        assert get(named)["result"] == done["result"]
         assert modern_result(server, "tasks/cancel", named, capabilities=TASKS_DECLARED).keys() == {"resultType", "_meta"}
+        lost = wait_until(lambda: (found := get(job))["status"] != "working" and found)
+        assert "interrupted" in lost["statusMessage"] and lost["result"]["structuredContent"]["status"] == "FAILED", "never as if it went well"
+        assert get(canary)["status"] == "working"
+        modern_result(server, "tasks/cancel", canary, capabilities=TASKS_DECLARED)
+        assert get(canary)["status"] == "cancelled" and server.call("canary_status", canaryId=canary["taskId"])["status"] == "ROLLED_BACK"
 
     def test_tasks_cancel_really_stops(self, mcp):
         call = {"name": "run_eval", "arguments": {"taskId": "long", "configId": "ci"}}
