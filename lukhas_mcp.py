@@ -18557,7 +18557,7 @@ def find_prompt(name: object, arguments: object) -> tuple[Prompt, dict[str, str]
     """The prompt of a name, and its arguments as they were given. Raises InvalidParams."""
     found = PROMPTS.get(name) if isinstance(name, str) else None
     if found is None:
-        near = difflib.get_close_matches(str(name), PROMPTS, 1)
+        near = difflib.get_close_matches(str(name)[:128], PROMPTS, 1)
         raise InvalidParams(f"Unknown prompt: {str(name)[:80]}" + (f"; did you mean {near[0]}?" if near else ""))
     given = {} if arguments is None else arguments
     if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
