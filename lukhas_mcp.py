@@ -14847,7 +14847,7 @@ _SCANNED_FILES = 400  # in a repository of no more, all are read as long as ther
 _READ_BYTES = 200_000  # of one file
 _CACHED_BYTES = 16 * 2**20
 _MAX_FRESH = 200  # own writes that the index does not have yet
-_STALE_S = 4.0  # a search does not answer from an older sweep, if it can help it
+_STALE_S = 4.0  # the first search after a pause does not answer from an older sweep, if it can help it
 _SWEEP_WAIT_S = 1.0
 _SWEEP_PAUSE_S = 2.0
 _BUSY_S = 60.0  # so long after a search sweeps go on
@@ -14877,10 +14877,14 @@ class IndexState:
     done: int = 0
     reason: str = ""
 
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What anyone may know; a reason names places of this machine."""
+        return {"state": self.state, "files": self.files, "done": self.done}
+
     def to_wire(self) -> dict[str, Any]:
-        """What search, /readyz and the cockpit tell."""
-        document = {"state": self.state, "files": self.files, "done": self.done}
-        return document | ({"reason": self.reason} if self.reason else {})
+        """What search tells."""
+        return self.progress | ({"reason": self.reason} if self.reason else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -14936,8 +14940,10 @@ class Finder:
 
     async def find(self, text: str, limit: int) -> tuple[list[Hit], bool]:
         """The files that fit a text best; and whether texts were searched too, not only paths."""
-        self._asked_s = self._clock.monotonic_s()
-        if self._process and self.state.state == "ready" and self._asked_s - self._swept_s > _STALE_S:
+        now_s = self._clock.monotonic_s()
+        is_first = now_s - self._asked_s > _BUSY_S  # else there are sweeps anyway, and waiting gains nothing
+        self._asked_s = now_s
+        if is_first and self._process and self.state.state == "ready" and now_s - self._swept_s > _STALE_S:
             await asyncio.wait({self._sweep()}, timeout=_SWEEP_WAIT_S)
         hits, is_whole, stale, fault = await self._run(self._shelf.find, text, limit)
         if fault:
@@ -20182,7 +20188,7 @@ async def route_root(services: Services, request: Request) -> Response:
         "description": "Ops server for the Model Context Protocol over one repository",
         "protocol": f"MCP {NEWEST_LEGACY}", "protocol_versions": list(REVISIONS), "transport": "Streamable HTTP",
         "mcp_endpoint": base + "/mcp", "tools": len(list_tools(services)),
-        "index": services.finder.state.to_wire(),
+        "index": services.finder.state.progress,
         "links": {"cockpit": base + "/cockpit.html", "events": base + "/sse", "health": base + "/healthz",
                   "ready": base + "/readyz", "metrics": base + "/metrics"}})
 
@@ -20210,7 +20216,7 @@ async def route_readyz(services: Services, request: Request) -> Response:
         reasons.append("the server is draining")
     document = {"status": "unavailable" if reasons else "ready", "reasons": reasons,
                 "controller": {"held": services.holds_lease, "holder": services.lease_holder},
-                "index": services.finder.state.state, "indexed": services.finder.state.to_wire()}
+                "index": services.finder.state.state, "indexed": services.finder.state.progress}
     return json_response(document, 503 if reasons else 200)
 
 

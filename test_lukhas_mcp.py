@@ -18720,6 +18720,8 @@ class TestCockpit:
         server = make_server(folder=tmp_path, LUKHAS_MCP_STATE_DIR=tmp_path / "state")
         wait_until(lambda: server.request("GET", "/").json["index"]["state"] == "off")
         look(server.url).goes_live().sees("#index", "search by path only")
+        assert "can't be kept" in server.call("search", query="guide")["index"]["reason"]
+        assert str(tmp_path) not in server.request("GET", "/readyz").text + server.request("GET", "/").text
 
     def test_job_runs_live_to_ok(self, cockpit_server, look):
         view = look(cockpit_server.url).goes_live()
