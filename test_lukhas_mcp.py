@@ -206,7 +206,7 @@ def enter_environment() -> None:
 
 if __name__ == "__main__":
     enter_environment()
-elif importlib.util.find_spec("hypothesis") is None:
+elif not all(map(importlib.util.find_spec, ("h11", "httptools", "hypothesis", "pytest"))):
     # Imported by a program that has none of the packages, such as lab/canary_sim.py: borrow them.
     make_environment(read_requirements())
     site.addsitedir(sysconfig.get_path("purelib", "venv", vars={"base": str(find_environment(read_requirements()))}))
