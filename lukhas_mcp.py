@@ -21063,6 +21063,7 @@ class Server:
         services.broker.start(services.store)
         if self._has_http:
             await self._listen()
+            services.jobs.endpoint = Endpoint(self._base_url(), services.system_secret)
         await services.finder.start()
         await self._snapshot.load()
         await self._take_lease()
@@ -21097,8 +21098,6 @@ class Server:
         if services.lease_holder != before:
             log.info("%s drives the evals and canaries of %s", services.lease_holder, services.config.db)
         if services.holds_lease:
-            if self._has_http:
-                services.jobs.endpoint = Endpoint(self._base_url(), services.system_secret)
             await recover_files(services)
             await recover_commits(services)
             await services.jobs.start()
