@@ -1716,6 +1716,18 @@ GOOD_MESSAGES = [
 
 #: (name, bytes, status): each is refused, whole or in pieces, and nothing after it is read.
 REFUSED_MESSAGES = [
+    *((f"length {value!r}", POST_HEAD + b"Content-Length: " + value + b"\r\n\r\n0123456789", 400) for value in (
+        b"5\x85", b"\x1c5", b"5\x1f", b"5\x0b", b"\x0c5", b"\xb2", b"\xd9\xa5", b"\xef\xbc\x95", b"\xe2\x80\x835", b"\xef\xbb\xbf5", b"5;", b'"5"', b"1e1", b"5.",
+        b"--5", b"5-", b"0b1", b"0o7", b"inf", b"True", b"5 5", b"5,", b",5", b"5\t5", b"1" * 16, b"18446744073709551621")),
+    *((f"coding {value!r}", POST_HEAD + b"Transfer-Encoding: " + value + b"\r\n\r\n0\r\n\r\n", 400) for value in (
+        b"", b",", b"chunked,", b",chunked", b"chunked, ,", b"chunked\x0b", b"\x0cchunked", b"chunked\x85", b"\x1fchunked", b"chunked\xa0", b"chunked\x00",
+        b"chun\xe2\x84\xaaed", b"\xef\xbd\x83hunked", b"chunked;q=1", b"chunked; a=b", b"chunked/1.0", b'"chunked"', b"[chunked]", b"ch unked", b"chunked x")),
+    *((f"coding {value!r}", POST_HEAD + b"Transfer-Encoding: " + value + b"\r\n\r\n0\r\n\r\n", 501) for value in (
+        b"xchunked", b"chunkedx", b"'chunked'", b"cow", b"trailers", b"deflate, chunked", b"identity, chunked")),
+    *((f"name {name!r}", POST_HEAD + name + b": x\r\n\r\n", 400) for name in (
+        b"A\x85", b"A\xa0", b"\xa0A", b"A\x00", b"A\x7f", b"A/B", b"A@B", b'"A"', b"[A]", b"{A}", b"A;B", b"A,B", b"A=B", b"A?", b"<A>", b"A\\", b"\xc3\x89")),
+    *((f"chunk {data!r}", CHUNKED_HEAD + data + b"\r\nhello\r\n0\r\n\r\n", 400) for data in (
+        b"-5", b"5_0", b"5\xa0", b"5\x0b", b"5.0", b"5h", b"\xd9\xa5", b"5;a\x00", b"5;a\x01", b"5;a\x7f", b"5;a\rb", b"5;a\n", b'5;a="b', b"5;", b"5;=", b";a", b"0" * 8 + b"5")),
     ("bare LF", b"GET / HTTP/1.1\nHost: h\n\n", 400),
     ("bare LF after headers", b"GET / HTTP/1.1\r\nHost: h\r\nA: b\n\r\n", 400),
     ("LF LF", POST_HEAD + b"A: b\r\n\n", 400),
