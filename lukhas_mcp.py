@@ -12846,7 +12846,7 @@ _NO_FILE = os.devnull
 _OVERRIDES = tuple(f"{key}={value}" for key, value in {
     "core.fsmonitor": "false", "core.pager": "cat", "core.editor": ":", "core.askPass": "",
     "core.sshCommand": "false",
-    "core.splitIndex": "false", "core.quotePath": "false", "core.fsync": "committed,reference",
+    "core.splitIndex": "false", "core.quotePath": "false", "core.fsync": "committed,reference", "core.fsyncMethod": "batch",
     "commit.gpgSign": "false", "tag.gpgSign": "false", "log.showSignature": "false", "gpg.program": "false",
     "gc.auto": "0", "maintenance.auto": "false", "protocol.allow": "never", "credential.helper": "",
     "diff.ignoreSubmodules": "all", "diff.submodule": "short", "diff.autoRefreshIndex": "false",
@@ -13332,13 +13332,16 @@ def stage_copies(run: GitRun, folder: str, names: Collection[str], environ: dict
     top = os.path.join(folder, "tree")
     os.mkdir(top)
     links: dict[str, str] = {}
-    with file_errors("a file that is changed just now"):
-        given = b"".join(os.fsencode(rel) + b"\0" for rel in names if _copy_out(run.root, rel, os.path.join(top, rel), links))
-        for place, target in links.items():  # the last, so that no copy is made through one of them
-            with contextlib.suppress(FileExistsError):
-                os.symlink(target, place)
+    given = []
+    for rel in names:
+        with file_errors(rel):
+            if _copy_out(run.root, rel, os.path.join(top, rel), links):
+                given.append(os.fsencode(rel) + b"\0")
+    for place, target in links.items():  # the last, so that no copy is made through one of them
+        with file_errors("a link that is changed just now"), contextlib.suppress(FileExistsError):
+            os.symlink(target, place)
     if given:
-        run.run(f"--work-tree={top}", "update-index", "-z", "--add", "--remove", "--replace", "--stdin", given=given,
+        run.run(f"--work-tree={top}", "update-index", "-z", "--add", "--remove", "--replace", "--stdin", given=b"".join(given),
                 environ=environ)
 
 
