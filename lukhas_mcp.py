@@ -3109,8 +3109,8 @@ class LedgerReads:
 
     def was_held(self, gate: str) -> bool:
         """Whether the gate was ever given to a model; told by an index, however many promotions there were."""
-        return self._one("SELECT EXISTS (SELECT 1 FROM promotions WHERE gate=?1) OR EXISTS (SELECT 1 FROM model_gates "
-                         "WHERE gate=?1)", gate)[0] == 1
+        return self._one("SELECT EXISTS (SELECT 1 FROM promotions WHERE gate=?) OR EXISTS (SELECT 1 FROM model_gates "
+                         "WHERE gate=?)", gate, gate)[0] == 1
 
     def holder_of(self, gate: str) -> dict[str, Any] | None:
         """Who holds the gate: the model promoted to it last."""

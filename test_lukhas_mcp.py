@@ -3463,6 +3463,10 @@ class TestStore:
                 assert event.body["ts"] == now
         run_async(story())
 
+    def test_no_statement_has_numbered_placeholders(self):
+        """Python 3.14 refuses them with a sequence of values."""
+        assert not re.findall(r"=\s*\?[0-9]", PROGRAM.read_text(encoding="utf-8"))
+
     def test_all_that_wait_share_a_commit(self, tmp_path):
         async def story():
             async with open_store(tmp_path) as store:
