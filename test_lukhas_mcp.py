@@ -2141,7 +2141,7 @@ class TestHttp:
             assert (theirs[0], theirs[1]) == (requests[0].method.encode(), requests[0].target.encode())
 
 
-    @hypothesis.settings(max_examples=300, deadline=None)
+    @hypothesis.settings(max_examples=150, deadline=None)
     @hypothesis.given(valid_messages(), st.lists(st.tuples(
         st.integers(0, 10_000), st.sampled_from(MESSAGE_FAULTS), st.booleans()), max_size=3))
     def test_what_llhttp_refuses_is_refused_here(self, message, changes):
@@ -2158,7 +2158,7 @@ class TestHttp:
         except (httptools.HttpParserInvalidMethodError, httptools.HttpParserUpgrade):
             return
         except httptools.HttpParserError:
-            assert status is not None or theirs.is_whole and requests
+            assert theirs.is_whole or not requests  # refused, or waited on: what is wrong may stand in a line without its end
             return
         if requests:  # what both take has the same framing
             assert theirs.is_whole and theirs.body == requests[0].body
