@@ -20793,7 +20793,7 @@ class TestSmoke:
 
 # ==============================================================================
 # 89. Searchset -- queries with known answers from any repository: `python3 test_lukhas_mcp.py benchsearch [PATH]`
-# uses: Front, Fakes, Finder
+# uses: Front, Fakes, Corpus, Finder
 # ==============================================================================
 # Four kinds, in the proportions of the design: words of a docstring's first sentence, of a Go comment or
 # of a heading and its first paragraph; names; fragments of paths; subjects of small commits. An answer is right when it is one of the accepted
@@ -21296,6 +21296,32 @@ class TestSoak:
         assert now["rss_kib"] < then["rss_kib"] + 16 * 1024 and now["handles"] <= then["handles"] + 10, (then, now)
         assert now["threads"] <= then["threads"] + 4 and now["cpu_ms"] < then["cpu_ms"] * 2, (then, now)
         assert max(row["wal_kib"] for row in found.quarters()) < 16 << 10
+
+
+class TestSearchset:
+    def test_a_small_run_of_the_bench_finds_most_answers(self, tmp_path, capsys):
+        bench_search(tmp_path, None, files=150, queries=120)
+        printed = capsys.readouterr().out
+        found = {kind: (float(mrr), float(recall)) for kind, mrr, recall in
+                 re.findall(r"^  (\w+) +MRR@10 ([\d.]+) +recall@10 ([\d.]+)", printed, re.M)}
+        assert found.keys() == {"doc", "ident", "path", "all"}, "one commit of many files asks nothing"
+        assert min(found["all"]) > 0.8, printed
+        assert all(words in printed for words in ("first answer by path", "build of", "one pass of", "ratio", "memory"))
+
+    def test_the_queries_of_a_repository_have_their_answers(self, tmp_path):
+        repo = make_repository(tmp_path)
+        text = '"""Words that say what a brittle gearbox ratio means. More."""\n\n\ndef gearbox_ratio():\n    pass\n'
+        put_files(repo, **{"lib/gear/ratios.py": text, "copy/of/ratios.py": text})
+        git(repo, "add", "lib", "copy")
+        git(repo, "commit", "--quiet", "-m", "Brittle gearboxes get their ratio")
+        asked = {one.kind: one for one in Searchset(repo).sample()}
+        twins = {"lib/gear/ratios.py", "copy/of/ratios.py"}
+        assert set(asked) == {"doc", "ident", "path", "commit"}
+        assert asked["doc"].paths == asked["ident"].paths == asked["commit"].paths == twins
+        words = ["Words", "say", "brittle", "gearbox", "ratio", "means"]
+        assert [word for word in words if word in asked["doc"].text.split()] == asked["doc"].text.split()
+        assert asked["commit"].text == "Brittle gearboxes get their ratio"
+
 
 
 # ==============================================================================
