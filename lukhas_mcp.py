@@ -7646,7 +7646,8 @@ class Watch:
             due = max(tick, self._due_tick())
             if due > tick:  # this process, or the machine, slept
                 await self._settle(self._make_gap(due - 1, "controller_down", due - tick))
-            await self._take_sample(due)
+            if await self._take_sample(due):
+                continue  # the database was away that long: what passed meanwhile is a gap, not a slow source
             for late in range(due + 1, self._due_tick() + 1):
                 await self._settle(self._make_gap(late, "overrun", 1))
         return self.canary
@@ -7654,11 +7655,14 @@ class Watch:
     def _due_tick(self) -> int:
         return int(self.elapsed_s() / self.policy.interval_s + 1e-6)
 
-    async def _take_sample(self, tick: int) -> None:
+    async def _take_sample(self, tick: int) -> bool:
+        """Ask, judge and store; whether the storing took an interval or longer."""
         if self._is_over():
-            return
+            return False
         reading = await self._read(min(self.policy.query_window_s, tick * self.policy.interval_s))
-        await self._settle(self._make_sample(tick, reading))
+        sample, began_s = self._make_sample(tick, reading), self._clock.monotonic_s()
+        await self._settle(sample)
+        return self._clock.monotonic_s() - began_s >= self.policy.interval_s
 
     async def _read(self, window_s: float) -> Reading:
         source = self._sampler.source
@@ -7812,7 +7816,7 @@ class Step:
         place = f"tick {sample.tick} of {policy.last_tick}"
         if sample.missing == "controller_down":
             count = sample.facts["ticks"]
-            return f"{place}: {count} {'tick' if count == 1 else 'ticks'} passed while the server was down"
+            return f"{place}: {count} {'tick' if count == 1 else 'ticks'} passed while the server was down, or its database away"
         if sample.missing:
             is_warmup = self.verdict.tick_class == "warmup"
             told = ("which the warm-up does not judge" if is_warmup else

@@ -6881,6 +6881,22 @@ class TestWatch:
                 assert canary.status == "PROMOTED" and len(refused) == 3
         run_async(work())
 
+    def test_a_database_that_is_away_for_ticks_leaves_a_gap_and_rolls_nothing_back(self, tmp_path):
+        async def work():
+            async with open_canaries(tmp_path) as canaries:
+                write = canaries.store.write
+
+                def stall(work):
+                    if len(canaries.sampler.questions) == 12 and canaries.clock.passed_s < 150:
+                        canaries.clock.passed_s += 50  # a lock of another process, which sqlite waits for
+                    return write(work)
+                canaries.store.write = stall
+                canary = await run_to_end(canaries, {"windowSeconds": 300})
+                samples = canaries.store.load_samples(canary.canary_id)
+                assert canary.status == "PROMOTED" and [one.missing for one in samples if one.missing] == ["controller_down"]
+                assert [one.tick for one in samples] == [*range(1, 12), 15, *range(16, 31)]
+        run_async(work())
+
     def test_every_tick_is_audited_once_by_its_own_row_or_by_what_it_decided(self, tmp_path):
         async def work():
             script = [(160.0, 0.0)] * 4 + [(300.0, 0.0)] * 3 + [(160.0, 0.0)]
