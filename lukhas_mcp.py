@@ -312,7 +312,7 @@ __all__ = [
     # Git
     "Git", "GitRun", "GitOutput",
     # Staging
-    "NextIndex", "TreeBuilder", "CommitHooks", "check_message", "hold_index", "clear_index_lock", "is_lock_held",
+    "NextIndex", "TreeBuilder", "work_folder", "index_of_work_tree", "CommitHooks", "check_message", "hold_index", "clear_index_lock", "is_lock_held",
     # Commits
     "Commits", "PreparedCommit", "list_trunk", "check_out",
     # History
@@ -12898,9 +12898,10 @@ class Git:
     """The git repository whose top is the root. `open` begins an operation; all of it waits, so the
     loop calls it in a thread. Raises ToolErrors only."""
 
-    def __init__(self, root: Root, clock: Clock, *, runs_hooks: bool = False):
+    def __init__(self, root: Root, clock: Clock, *, runs_hooks: bool = False, scratch: str | None = None):
         self.root = root
         self.clock = clock
+        self.scratch = scratch  # where copies lie while a difference is made; None: where the system has such folders
         self.runs_hooks = runs_hooks
         self._running = threading.BoundedSemaphore(_AT_ONCE)
 
@@ -13021,6 +13022,7 @@ class GitRun:
         self._inherited = {name: value for name, value in inherited.items() if not name.startswith("GIT_")}
         top = git.root.path
         self.root = git.root
+        self.scratch = git.scratch
         self._start = (program, "--no-pager", f"--git-dir={os.path.join(top, '.git')}", f"--work-tree={top}")
         self._environ = {**_VARIABLES, "PATH": path, "GIT_CEILING_DIRECTORIES": os.path.dirname(top)}
         settings = self._read_settings()
@@ -13155,6 +13157,7 @@ def _disarmed(settings: dict[str, str], kind: str) -> tuple[str, ...]:
 
 _HOOK_NAMES = ("pre-commit", "prepare-commit-msg", "commit-msg", "post-commit")
 _LOCK_PREFIX = "mcp-index-"
+WORK_PREFIX = "git-"
 
 
 def check_message(message: str) -> str:
@@ -13327,6 +13330,22 @@ def _read_index_file(path: str) -> bytes:
         return stream.read()
 
 
+@contextlib.contextmanager
+def work_folder(parent: str | None) -> Iterator[str]:
+    """A folder for copies of the index and of files, locked while its owner lives."""
+    try:
+        folder = tempfile.mkdtemp(prefix=WORK_PREFIX, dir=parent)
+    except OSError as error:
+        raise Unavailable(f"git needs a folder to work in: LUKHAS_MCP_STATE_DIR can't be written ({error.strerror})") from None
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
 def stage_copies(run: GitRun, folder: str, names: Collection[str], environ: dict[str, str]) -> None:
     """Put files of the work tree, or that they are gone, into an index by copies of them in a folder.
 
@@ -13371,7 +13390,7 @@ def _copy_out(root: Root, rel: str, place: str, links: dict[str, str]) -> bool:
 @contextlib.contextmanager
 def index_of_work_tree(run: GitRun, path: str) -> Iterator[dict[str, str]]:
     """Variables with which git's index is what the tracked files hold now; objects and index lie elsewhere."""
-    with tempfile.TemporaryDirectory(prefix="mcp-diff-") as folder:
+    with work_folder(run.scratch) as folder:
         real = run.folder()
         environ = {"GIT_INDEX_FILE": os.path.join(folder, "index"), "GIT_OBJECT_DIRECTORY": os.path.join(folder, "objects"),
                    "GIT_ALTERNATE_OBJECT_DIRECTORIES": run.run("rev-parse", "--path-format=absolute", "--git-path", "objects").line}
@@ -13534,7 +13553,6 @@ def is_lock_held(path: str) -> bool:
 
 _FALLBACK = ("LUKHAS MCP", "lukhas-mcp@localhost")
 _MAX_LISTED = 1000
-_WORK_PREFIX = "git-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -13613,7 +13631,7 @@ class Commits:
                            "(what others have staged is not taken along)")
         run = self._git.open()
         target = self._find_target(run, branch)
-        with self._work_folder() as folder:
+        with work_folder(self._folder) as folder:
             builder = TreeBuilder(run, folder, target.parent)
             hooks = CommitHooks(run, self._git.runs_hooks, folder)
             skipped = builder.add([] if stage_all else named, add=add,
@@ -13639,7 +13657,7 @@ class Commits:
             raise Conflict(f"commit {commit[:12]} is not on {short} any more")
         subject = run.run("log", "-1", "--format=%s", commit).line
         text = f'Revert "{subject}"\n\nThis reverts commit {commit}.\n\n{reason}\n'
-        with self._work_folder() as folder:
+        with work_folder(self._folder) as folder:
             builder = TreeBuilder(run, folder, target.old)
             builder.take_back(commit)
             trees = builder.write_tree(f"commit {commit[:12]} changed nothing that is left on {short}")
@@ -13670,24 +13688,8 @@ class Commits:
         """Remove the folders that a killed process left."""
         with contextlib.suppress(OSError), os.scandir(self._folder) as entries:
             for entry in entries:
-                if entry.name.startswith(_WORK_PREFIX) and entry.is_dir(follow_symlinks=False):
+                if entry.name.startswith(WORK_PREFIX) and entry.is_dir(follow_symlinks=False):
                     _remove_abandoned_folder(entry.path)
-
-    @contextlib.contextmanager
-    def _work_folder(self) -> Iterator[str]:
-        """A folder for copies of the index, locked while its owner lives."""
-        try:
-            folder = tempfile.mkdtemp(prefix=_WORK_PREFIX, dir=self._folder)
-        except OSError as error:
-            raise Unavailable(f"no commit without a folder to work in: LUKHAS_MCP_STATE_DIR can't be written "
-                              f"({error.strerror})") from None
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(descriptor)
 
     def _find_target(self, run: GitRun, branch: str | None) -> _CommitTarget:
         """The named branch, or what is checked out; "" is a commit that is not there yet."""
@@ -20921,7 +20923,8 @@ def build_services(config: Config, clock: Clock) -> Services:
                for path in (hook.secret_file, hook.url_file) if path]
     root = Root(config.repo_root, own_files=own_files(config), closed_files=[*closed_files(config), *secrets],
                 protected=config.protected_paths, allow_secrets=config.allow_secrets)
-    git = Git(root, clock, runs_hooks=config.git_hooks)
+    git = Git(root, clock, runs_hooks=config.git_hooks,
+              scratch=config.state_dir if os.access(config.state_dir, os.W_OK) else None)
     corpus = Corpus(root, git, (config.db, config.state_path, config.state_dir))
     canaries = CanaryController(store, clock, config, plan, sampler, actuator, brakes)
     courier = Courier(store, clock, config, plan, actuator, brakes, canaries.note_actuation)
