@@ -262,7 +262,7 @@ __all__ = [
     # Judge
     "Judge", "judge", "explain",
     # Promql
-    "fill_query", "is_attributed", "attribution_of", "literal_range_s", "better_error_query", "freshness_query", "bounds_query", "bucket_bounds_ms", "enclose_target", "read_rows", "read_matrix", "read_value", "read_vector",
+    "fill_query", "attribution_of", "literal_range_s", "better_error_query", "freshness_query", "bounds_query", "bucket_bounds_ms", "enclose_target", "read_rows", "read_matrix", "read_value", "read_vector",
     # Prometheus
     "PrometheusSampler",
     # Brakes
@@ -5928,11 +5928,6 @@ def _has_surrogate(value: str) -> bool:
 
 def _escape_sign(match: re.Match[str]) -> str:
     return "\\" + match[0] if match[0] in "\"'\\" else f"\\u{ord(match[0]):04x}"
-
-
-def is_attributed(query: str) -> bool:
-    """Whether a query's template asks about this gate or model only."""
-    return attribution_of(query) != "none"
 
 
 def attribution_of(*queries: str) -> str:

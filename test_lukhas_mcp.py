@@ -5251,7 +5251,6 @@ class TestPromql:
         ((SEED_LAT, SEED_ERR), "none"), (('x{g="$__from"}',), "none")])
     def test_attribution_is_that_of_the_weakest(self, queries, attribution):
         assert lm.attribution_of(*queries) == attribution
-        assert lm.is_attributed(queries[0]) == (lm.attribution_of(queries[0]) != "none")
 
     @pytest.mark.parametrize("query, better", [
         (SEED_ERR, BETTER_SEED_ERR),
