@@ -2158,7 +2158,8 @@ class TestHttp:
         except (httptools.HttpParserInvalidMethodError, httptools.HttpParserUpgrade):
             return
         except httptools.HttpParserError:
-            assert theirs.is_whole or not requests  # refused, or waited on: what is wrong may stand in a line without its end
+            # Refused, or waited on, as the line at fault has not ended; what stands in a trailer is nobody's length here.
+            assert theirs.is_whole or not requests or b"hunked" in raw and theirs.body == requests[0].body
             return
         if requests:  # what both take has the same framing
             assert theirs.is_whole and theirs.body == requests[0].body
