@@ -8918,7 +8918,6 @@ class CanaryController:
         self._brakes.check_frozen("a new canary")
         repeated = find_repeated(self._store, canary, self._clock.now_s())
         if repeated is None:
-            find_others(self._store, canary, proposal.policy)
             warnings += _doubts_of((await watch.read_baseline()).facts)
         begun = repeated or await self._store.write(lambda tx: self._starts.begin(tx, proposal))
         if begun.canary_id != canary.canary_id:

@@ -19038,8 +19038,8 @@ class TestCockpit:
     def test_final_state_is_not_undone_by_an_older_event(self, server, look):
         status = look(server.url).page.evaluate("""() => {
             let s = state;
-            for (const [id, event, status] of [[1, 'running', 'RUNNING'], [3, 'completed', 'COMPLETED'], [2, 'progress', 'RUNNING']])
-                s = reduce(s, {kind: 'frame', at: 0, name: 'job', id, data: {jobId: 'j', event, status, ts: '2026-01-01T00:00:00.000Z'}});
+            for (const [at, event, status] of [[1, 'running', 'RUNNING'], [3, 'completed', 'COMPLETED'], [2, 'progress', 'RUNNING']])
+                s = reduce(s, {kind: 'frame', at: 0, name: 'job', id: 1e9 + at, data: {jobId: 'j', event, status, ts: '2026-01-01T00:00:00.000Z'}});
             return wordOf(s.jobs.j);
         }""")
         assert status == "ok"
