@@ -8,6 +8,7 @@
 #     "httptools==0.9.0",
 #     "playwright==1.65.2",
 #     "pytest-reportlog==1.0.0",
+#     "pytest-xdist==3.8.0",
 #     "inspect-ai==0.3.285",
 #     "mcp==2.3.0",
 #     "uvloop==0.23.0; sys_platform != 'win32'",
@@ -17,7 +18,7 @@
 # ///
 """The promises of lukhas_mcp.py, each one a test.
 
-    python3 test_lukhas_mcp.py              all of them, in an environment of their own
+    python3 test_lukhas_mcp.py              all of them, two at a time, in an environment of their own
     python3 test_lukhas_mcp.py -k Golden -x with pytest's own arguments
     pytest                                  the same, in the environment that is there
 
@@ -15259,10 +15260,12 @@ def read_one(server: Server, uri: str) -> dict[str, Any]:
     return contents
 
 
-@pytest.fixture(scope="module")
-def canary_id(mcp) -> str:
+@pytest.fixture(scope="class")
+def canary_id(mcp) -> Iterator[str]:
     """A canary on its way to prod."""
-    return mcp.call("start_canary", **CANARY_START | {"modelId": "model-r", "toGate": "prod"})["canaryId"]
+    one = mcp.call("start_canary", **CANARY_START | {"modelId": "model-r", "toGate": "prod"})["canaryId"]
+    yield one
+    mcp.call("abort_canary", canaryId=one)
 
 
 class TestResources:
@@ -24138,7 +24141,7 @@ def main(arguments: list[str]) -> int:
     command = globals().get(arguments[0].replace("-", "_") + "_main") if arguments else None
     if command is not None:
         return command(arguments[1:]) or 0
-    words = [sys.executable, "-m", "pytest", __file__, "-q", *arguments]
+    words = [sys.executable, "-m", "pytest", __file__, "-q", *(arguments or ["-n", "2", "--dist", "loadscope"])]
     if not IS_CI:
         os.execv(sys.executable, [*words, "-p", "no:cacheprovider"])
     with tempfile.TemporaryDirectory() as folder:
@@ -24152,7 +24155,7 @@ def run_twice(words: list[str], failed: pathlib.Path) -> int:
     if not 0 < len(names) <= 20:
         return code
     print(f"{len(names)} failed; once more:", *names, sep="\n  ", flush=True)
-    return subprocess.run([*words, "--last-failed"]).returncode
+    return subprocess.run([*words, "--last-failed", "-n", "0"]).returncode
 
 
 if __name__ == "__main__":
