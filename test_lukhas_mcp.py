@@ -21068,7 +21068,7 @@ def bench_search(folder: pathlib.Path, path: str | None = None, files: int = 25_
     asked = searchset.sample(queries / 700)
     settings = {"LUKHAS_REPO_ROOT": str(repo), "LUKHAS_MCP_DB": str(folder / "bench.db"),
                 "MCP_STATE_PATH": str(folder / "bench.json")}
-    server = Server(folder, settings)
+    server = Server(folder, settings, command=[sys.executable, "-u"])  # the file itself, as a user starts it
     begun_s = time.perf_counter()
     server.start()
     idle_kib = read_memory_kib(server.process.pid)
@@ -21563,10 +21563,11 @@ def bench_writes(port: int, count: int) -> None:
 def count_events(one: socket.socket, wanted: int) -> int:
     """Read a stream until it held as many events, or is silent for five seconds."""
     one.settimeout(5)
-    seen = 0
+    seen, mark, rest = 0, b"event: model\n", b""
     try:
         while seen < wanted and (data := one.recv(1 << 20)):
-            seen += data.count(b"event: model\n")
+            seen += (rest + data).count(mark)
+            rest = (rest + data)[-len(mark) + 1:]  # a mark may come in two pieces
     except TimeoutError:
         pass
     one.close()
