@@ -18774,6 +18774,7 @@ class TestCockpit:
         view.sees("#why-title", job_id)
         view.sees("#why-trail", "no task unheard-of is defined")
         view("#why-forms").get_by_role("button", name="Lines").click()
+        view.sees("#why-raw", "no task unheard-of is defined")
         shown = view("#why-raw").text_content()
         assert shown == cockpit_server.call("why", id=job_id)
         assert view.page.url.endswith(f"#/why/{job_id}")
