@@ -137,6 +137,7 @@ import asyncio
 import base64
 import binascii
 import bisect
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -302,9 +303,9 @@ __all__ = [
     # Patch
     "PatchResult", "apply_patch",
     # Paths
-    "Root", "is_secret_path", "open_subfolder", "open_regular", "hold_folders", "take_name", "read_open_file", "explain_os_error", "file_errors",
+    "Root", "is_secret_path", "open_subfolder", "open_regular", "hold_folders", "take_name", "read_open_file", "read_part", "check_hashable", "remove_abandoned", "explain_os_error", "file_errors",
     # Contents
-    "encode_contents", "apply_template", "encode_path_id", "decode_path_id", "text_document",
+    "encode_contents", "apply_template", "encode_path_id", "decode_path_id", "PIECE_BYTES", "Lines", "Outline", "outline_text", "Outlines", "text_document", "cut_document",
     # Repository
     "Repository", "Change", "Written",
     # Query
@@ -11470,6 +11471,7 @@ def _line_end_hint(expected: bytes, actual: bytes) -> str:
 
 _MAX_PATH_BYTES = 4096
 _MAX_PARTS = 64
+_MAX_HASHED_BYTES = 4 * 2**30  # some seconds for a sha256
 _MAX_PART_BYTES = 255  # NAME_MAX of every file system in use
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -11795,6 +11797,28 @@ def read_open_file(descriptor: int, limit_bytes: int) -> bytes:
     return b"".join(pieces)
 
 
+def read_part(descriptor: int, at: int, size: int) -> bytes:
+    """At most so many bytes of an open file from a place on."""
+    return os.pread(descriptor, size, at)
+
+
+def check_hashable(status: os.stat_result, rel: str) -> None:
+    """Raise Conflict for a file whose sha256 would take too long."""
+    if status.st_size > _MAX_HASHED_BYTES:
+        raise Conflict(f"{rel} has {status.st_size} bytes; tools take files up to {_MAX_HASHED_BYTES}")
+
+
+def remove_abandoned(folder: int, name: str) -> bool:
+    """Remove a file unless a process that lives holds it locked. Raises OSError."""
+    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its owner lives
+        os.unlink(name, dir_fd=folder)
+        return True
+    finally:
+        os.close(descriptor)
+
+
 _OS_ERRORS = {
     errno.ENOENT: (NotFound, "{kind} does not exist: {rel}"),
     errno.ENOTDIR: (Conflict, "A part of the path is a file, not a folder: {rel}"),
@@ -11843,7 +11867,7 @@ _ENCODINGS = {"utf8": "utf-8", "utf-8": "utf-8", "utf16le": "utf-16-le", "utf-16
                "ascii": "ascii"}
 _ENCODING_NAMES = "utf8, utf16le, latin1, ascii, base64, base64url, hex"
 _BASE64 = re.compile(r"[A-Za-z0-9_-]*={0,2}")
-_FRAGMENT = re.compile(r"L([1-9][0-9]{0,8})(?:\+([0-9]{1,9}))?(?:-L?([1-9][0-9]{0,8}))?")
+_FRAGMENT = re.compile(r"L([1-9][0-9]{0,11})(?:\+([0-9]{1,12}))?(?:-L?([1-9][0-9]{0,11}))?")
 _MIME_TYPES = {".md": "text/markdown", ".markdown": "text/markdown", ".json": "application/json",
                ".html": "text/html", ".htm": "text/html", ".css": "text/css", ".csv": "text/csv",
                ".js": "text/javascript", ".mjs": "text/javascript", ".xml": "application/xml",
@@ -11853,6 +11877,11 @@ _MAGIC = re.compile(rb"(?P<a_PNG_image>\x89PNG)|(?P<a_JPEG_image>\xff\xd8\xff)|(
                     rb"(?P<a_zip_archive>PK\x03\x04)|(?P<gzip_data>\x1f\x8b)|(?P<a_program>\x7fELF)|"
                     rb"(?P<an_SQLite_database>SQLite format 3\0)", re.S)
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_NO_UTF8 = "unknown (not UTF-8, shown with U+FFFD)"
+PIECE_BYTES = 2**18
+_MAX_OUTLINES = 4
+
+Lines = tuple[int | None, int | None, int]  # the first, the last, and bytes of the first that are passed over
 
 
 def encode_contents(text: str, encoding: str) -> bytes:
@@ -11940,64 +11969,117 @@ def read_text(content: bytes) -> str | None:
     return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
 
 
-def text_document(rel: str, content: bytes, sha256: str, lines: tuple[int | None, int | None, int],
-                  max_bytes: int) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What one pass over a file found; `breaks` counts the line feeds before each piece of it, and in all."""
+
+    sha256: str
+    size: int
+    kind: str | None  # that it is no text
+    encoding: str
+    lines: int
+    breaks: tuple[int, ...] = field(repr=False)
+
+
+def outline_text(pieces: Iterable[bytes]) -> Outline:
+    """The outline of a file that comes in pieces of PIECE_BYTES, the last of which may be shorter."""
+    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
+    breaks, size, kind, encoding, piece = [0], 0, None, "utf-8", b""
+    for piece in pieces:
+        if not size:
+            kind = "UTF-16 text, too large to be shown" if piece.startswith(_UTF16) else find_binary_kind(piece)
+        digest.update(piece)
+        size += len(piece)
+        breaks.append(breaks[-1] + piece.count(b"\n"))
+        try:
+            if encoding == "utf-8":
+                decoder.decode(piece)
+        except UnicodeDecodeError:
+            encoding = _NO_UTF8
+    encoding = _NO_UTF8 if decoder.getstate()[0] else encoding  # it ends within a character
+    lines = breaks[-1] + (bool(piece) and not piece.endswith(b"\n"))
+    return Outline(digest.hexdigest(), size, kind, encoding, lines, tuple(breaks))
+
+
+class Outlines:
+    """Those of large files, each read once and kept until the file changes; one is read at a time, by one thread."""
+
+    def __init__(self) -> None:
+        self.reading = threading.Lock()
+        self._kept: dict[tuple[int, ...], Outline] = {}
+
+    def find(self, status: os.stat_result, read: Callable[[int, int], bytes], rel: str) -> Outline:
+        """The outline of an open file, of which `read` gives so many bytes from a place on. Raises Unavailable."""
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if (found := self._kept.get(key)) is not None:
+            return found
+        if not self.reading.acquire(blocking=False):
+            raise Unavailable(f"another large file is being read just now; try again in a few seconds: {rel}")
+        try:
+            starts = range(0, status.st_size, PIECE_BYTES)  # what comes behind meanwhile is none of it
+            found = outline_text(read(at, min(PIECE_BYTES, status.st_size - at)) for at in starts)
+            while len(self._kept) >= _MAX_OUTLINES:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = found
+            return found
+        finally:
+            self.reading.release()
+
+
+def text_document(rel: str, content: bytes, lines: Lines, max_bytes: int) -> dict[str, Any]:
+    """`cut_document` of a file whose bytes are here; UTF-16 is shown as UTF-8."""
+    whole = content.decode("utf-16", "replace").encode("utf-8") if content.startswith(_UTF16) else content
+    outline = outline_text(whole[at:at + PIECE_BYTES] for at in range(0, len(whole), PIECE_BYTES))
+    if whole is not content:
+        outline = dataclasses.replace(outline, sha256=hashlib.sha256(content).hexdigest(), encoding="utf-16", kind=None)
+    document = cut_document(rel, outline, lambda at, size: whole[at:at + size], lines, max_bytes)
+    document["metadata"]["size"] = len(content)
+    return document
+
+
+def cut_document(rel: str, outline: Outline, read: Callable[[int, int], bytes], lines: Lines,
+                 max_bytes: int) -> dict[str, Any]:
     """id, title, mimeType, text, metadata of the lines asked for (1-based, inclusive, None: to the end).
 
     metadata: sha256, size, path, encoding, lines (of the whole file), startLine, endLine, truncated;
-    where truncated, `next` is the id that reads on, within a line where that alone is too long.
-    Raises Conflict for what is no text, InvalidArguments for lines that are not there.
+    where truncated, `next` is the id that reads on, within a line where that alone is too long. `read` gives so many
+    bytes from a place on. Raises Conflict for what is no text, InvalidArguments for lines that are not there.
     """
-    size = len(content)
-    content, encoding = _as_utf8(content, rel, sha256)
-    total = content.count(b"\n") + (not content.endswith(b"\n") and bool(content))
+    if outline.kind:
+        raise Conflict(f"Not a text file: {rel} is {outline.kind} ({outline.size} bytes, sha256 {outline.sha256})")
+    total = outline.lines
     first, last = max(lines[0] or 1, 1), min(lines[1] or total, total)
     if first > max(total, 1) or (lines[1] or first) < first:
         raise InvalidArguments(f"Lines {first} to {lines[1] or 'the end'} are not there: "
                                f"{rel} has {total} lines")
-    begin = _line_start(content, first - 1, 0)
-    begin = min(begin + lines[2], _line_start(content, 1, begin))
-    wanted = _line_start(content, last - first + 1, begin, begin + max_bytes + 1)
-    end, last_shown = wanted, last
-    if wanted - begin > max_bytes:
-        end = begin + max_bytes
-        end = content.rfind(b"\n", begin, end) + 1 or _whole_characters(content, end)
-        last_shown = first - 1 + content.count(b"\n", begin, end)
-    is_cut = end < wanted
-    metadata = {"sha256": sha256, "size": size, "path": rel, "encoding": encoding, "lines": total,
+    begin = min(_line_start(outline, read, first - 1) + lines[2], _line_start(outline, read, first))
+    wanted = _line_start(outline, read, last) - begin
+    shown = read(begin, min(wanted, max_bytes + 1))
+    is_cut, last_shown = wanted > max_bytes, last
+    if is_cut:
+        shown = shown[:shown.rfind(b"\n", 0, max_bytes) + 1 or _whole_characters(shown, max_bytes)]
+        last_shown = first - 1 + shown.count(b"\n")
+    metadata = {"sha256": outline.sha256, "size": outline.size, "path": rel, "encoding": outline.encoding, "lines": total,
                 "startLine": first, "endLine": max(last_shown, first) if total else 0, "truncated": is_cut}
     if is_cut:
-        passed = f"+{lines[2] + end - begin}" if last_shown < first else ""
+        passed = f"+{lines[2] + len(shown)}" if last_shown < first else ""
         metadata["next"] = f"{encode_path_id(rel)}#L{last_shown + 1}{passed}-L{last}"
     title = rel.rpartition("/")[2]
     suffix = "." + title.rpartition(".")[2].lower() if "." in title else ""
-    mime_type = _MIME_TYPES.get(suffix, "text/plain")
-    return {"id": encode_path_id(rel), "title": title, "mimeType": mime_type,
-            "text": content[begin:end].decode("utf-8", "replace"), "metadata": metadata}
+    return {"id": encode_path_id(rel), "title": title, "mimeType": _MIME_TYPES.get(suffix, "text/plain"),
+            "text": shown.decode("utf-8", "replace"), "metadata": metadata}
 
 
-def _as_utf8(content: bytes, rel: str, sha256: str) -> tuple[bytes, str]:
-    if content.startswith(_UTF16) and len(content) % 2 == 0:
-        return content.decode("utf-16", "replace").encode("utf-8"), "utf-16"
-    kind = find_binary_kind(content)
-    if kind:
-        raise Conflict(f"Not a text file: {rel} is {kind} ({len(content)} bytes, sha256 {sha256})")
-    try:
-        content.decode("utf-8")
-        return content, "utf-8"
-    except UnicodeDecodeError:
-        return content, "unknown (not UTF-8, shown with U+FFFD)"
-
-
-def _line_start(content: bytes, count: int, begin: int, stop: int | None = None) -> int:
-    """Where the line begins that is `count` lines below `begin`; not looked for past `stop`."""
-    at = begin
-    for _ in range(count):
-        found = content.find(b"\n", at, stop)
-        if found < 0:
-            return len(content) if stop is None else min(stop, len(content))
-        at = found + 1
-    return at
+def _line_start(outline: Outline, read: Callable[[int, int], bytes], count: int) -> int:
+    """Where the line begins that has `count` lines before it; the end, where there are not so many."""
+    if count > outline.breaks[-1]:
+        return outline.size
+    piece = max(bisect.bisect_left(outline.breaks, count) - 1, 0)  # it holds the last of these line feeds
+    begin = piece * PIECE_BYTES
+    content, at = read(begin, PIECE_BYTES) if count else b"", 0
+    for _ in range(count - outline.breaks[piece]):
+        at = content.find(b"\n", at) + 1
+    return begin + at
 
 
 def _whole_characters(content: bytes, end: int) -> int:
@@ -12100,15 +12182,19 @@ class Repository:
         self.root = root
         self._clock = clock
         self._locks = tuple(threading.Lock() for _ in range(_LOCKS))
+        self._outlines = Outlines()
 
     def fetch(self, path: str, start_line: int | None = None, end_line: int | None = None,
               skip_bytes: int = 0, max_bytes: int = _MAX_TEXT_BYTES) -> dict[str, Any]:
-        """The document of a text file, as `text_document` makes it, with `modified` in its metadata."""
-        rel = self.root.relative(path)
+        """The document of a text file, as `cut_document` makes it, with `modified` in its metadata."""
+        rel, lines = self.root.relative(path), (start_line, end_line, skip_bytes)
         with file_errors(rel), self.root.open_file(rel) as (descriptor, status):
-            content = _read_whole(descriptor, status, rel)
-        sha256 = hashlib.sha256(content).hexdigest()
-        document = text_document(rel, content, sha256, (start_line, end_line, skip_bytes), max_bytes)
+            if status.st_size <= _MAX_FILE_BYTES:
+                document = text_document(rel, read_open_file(descriptor, _MAX_FILE_BYTES), lines, max_bytes)
+            else:
+                check_hashable(status, rel)
+                read = functools.partial(read_part, descriptor)
+                document = cut_document(rel, self._outlines.find(status, read, rel), read, lines, max_bytes)
         document["metadata"]["modified"] = utc_text(status.st_mtime)
         return document
 
@@ -12365,6 +12451,7 @@ def _read_current(folder: int, name: str, rel: str) -> _Current | None:
         return None
     digest, kept = hashlib.sha256(), []
     try:
+        check_hashable(status, rel)
         while piece := os.read(descriptor, _MAX_KEPT_BYTES):
             digest.update(piece)
             kept = kept + [piece] if status.st_size <= _MAX_KEPT_BYTES else []
@@ -12488,21 +12575,13 @@ def _sweep_folder(folder: int, budget: _Budget, depth: int = 0) -> int:
     for name, is_folder in found:
         with contextlib.suppress(OSError):
             if not is_folder and name.startswith(TEMP_PREFIX):
-                removed += _remove_abandoned(folder, name)
+                removed += remove_abandoned(folder, name)
             elif is_folder and name != ".git" and depth < 64 and not budget.is_spent:
                 with open_subfolder(folder, name) as inner:
                     removed += _sweep_folder(inner, budget, depth + 1)
     return removed
 
 
-def _remove_abandoned(folder: int, name: str) -> bool:
-    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its owner lives
-        os.unlink(name, dir_fd=folder)
-        return True
-    finally:
-        os.close(descriptor)
 
 
 # ==============================================================================
@@ -17305,10 +17384,9 @@ def show_old_file(services: Services, revision: str, path: str, *, offset: int, 
     """Some lines of a text file as it was in a commit."""
     rel = services.repository.root.relative(path)
     commit, content = read_old_file(services.git.open(), revision, rel)
-    sha256 = hashlib.sha256(content).hexdigest()
-    found = text_document(rel, content, sha256, (offset + 1 if offset else None, offset + limit, 0), 200_000)
+    found = text_document(rel, content, (offset + 1 if offset else None, offset + limit, 0), 200_000)
     end, total = found["metadata"]["endLine"], found["metadata"]["lines"]
-    return {"commit": commit, "path": rel, "sha256": sha256, "text": found["text"], "lines": total,
+    return {"commit": commit, "path": rel, "sha256": found["metadata"]["sha256"], "text": found["text"], "lines": total,
             "truncated": end < total, "nextOffset": end if end < total else None}
 
 

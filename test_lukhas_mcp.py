@@ -10580,7 +10580,7 @@ class TestPaths:
 
 
 def document_of(content, lines=(None, None), max_bytes=1000, rel="docs/x.md"):
-    return lm.text_document(rel, content, hashlib.sha256(content).hexdigest(), (*lines, 0)[:3], max_bytes)
+    return lm.text_document(rel, content, (*lines, 0)[:3], max_bytes)
 
 
 class TestContents:
@@ -10666,6 +10666,28 @@ class TestContents:
             assert bool(following) == document["metadata"]["truncated"]
             lines = lm.decode_path_id(following)[1] if following else None
         assert text == content and rounds == count
+
+    @given(st.lists(st.sampled_from([b"a", b"\n", b"\r\n", "ñ".encode(), "🧠".encode(), b"\xff", b"long line "]), max_size=60).map(b"".join),
+           st.integers(1, 12), st.integers(0, 20), st.integers(4, 40))
+    def test_a_file_read_in_pieces_is_shown_as_one_read_whole(self, content, first, span, max_bytes):
+        document = None
+        total = content.count(b"\n") + (not content.endswith(b"\n") and bool(content))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lm, "PIECE_BYTES", 7)
+            outline = lm.outline_text(content[at:at + 7] for at in range(0, len(content), 7))
+            assert (outline.sha256, outline.size, outline.lines) == (sha(content), len(content), total)
+            is_utf8 = content.decode("utf-8", "replace").encode() == content
+            assert (outline.encoding == "utf-8") == is_utf8
+            if first <= total:
+                document = lm.cut_document("a", outline, lambda at, size: content[at:at + size], (first, first + span, 0), max_bytes)
+        if document:
+            lines = [line + b"\n" for line in content.split(b"\n")]
+            wanted = b"".join(lines[first - 1:first + span])[:len(content) - len(b"".join(lines[:first - 1]))]
+            shown = document["text"]
+            assert wanted.decode("utf-8", "replace").startswith(shown) if is_utf8 else shown
+            assert document["metadata"]["truncated"] == (len(wanted) > max_bytes) and ("next" in document["metadata"]) == (len(wanted) > max_bytes)
+            if len(wanted) <= max_bytes:
+                assert shown == wanted.decode("utf-8", "replace")
 
     @pytest.mark.parametrize("content, text, encoding", [
         (b"", "", "utf-8"), (b"\xef\xbb\xbfa", "\ufeffa", "utf-8"), ("\ufeffñ\n".encode("utf-16-le"), "ñ\n", "utf-16"),
@@ -10753,6 +10775,30 @@ class TestRepository:
         with pytest.raises(family) as refusal:
             files.fetch(path)
         assert str(place) not in refusal.value.message and "hunter2" not in refusal.value.message
+
+    def test_a_large_text_is_read_in_ranges_and_never_as_a_whole(self, files, place, monkeypatch):
+        line = b"%06d " + b"x" * 92 + b"\n"
+        content = b"".join(line % number for number in range(350_000))  # 33 MiB and a bit
+        (place / "large.log").write_bytes(content)
+        monkeypatch.setattr(lm, "read_open_file", None)
+        document = files.fetch("large.log", 300_000, 300_001)
+        assert document["text"].startswith("299999 x") and document["text"].count("\n") == 2
+        assert document["metadata"] | {"modified": ""} == {
+            "sha256": sha(content), "size": len(content), "path": "large.log", "encoding": "utf-8", "lines": 350_000,
+            "startLine": 300_000, "endLine": 300_001, "truncated": False, "modified": ""}
+        monkeypatch.setattr(lm, "outline_text", None)  # it is known now, until the file changes
+        first = files.fetch("large.log")
+        assert first["metadata"]["truncated"] and first["metadata"]["next"].endswith("#L2001-L350000")
+        with files._outlines.reading, pytest.raises(lm.Unavailable, match="another large file"):
+            os.utime(place / "large.log", (1, 1))
+            files.fetch("large.log")
+
+    def test_what_is_too_large_to_be_hashed_is_refused_unread(self, files, place):
+        with open(place / "vast", "wb") as file:
+            file.truncate(4 * 2**30 + 1)
+        for deed in (lambda: files.fetch("vast"), lambda: files.prepare_delete("vast", "0" * 64)):
+            with pytest.raises(lm.Conflict, match="take files up to 4294967296"):
+                deed()
 
     @pytest.mark.parametrize("path, glob, include_dirs, expected", [
         ("docs", None, False, "docs/a-b.md docs/a/x.md docs/guide.md"),
