@@ -313,7 +313,7 @@ __all__ = [
     # Git
     "Git", "GitRun", "GitOutput",
     # Staging
-    "NextIndex", "TreeBuilder", "work_folder", "index_of_work_tree", "CommitHooks", "check_message", "hold_index", "clear_index_lock", "is_lock_held",
+    "NextIndex", "TreeBuilder", "work_folder", "index_of_work_tree", "CommitHooks", "HOOK_NAMES", "hooks_folder", "check_message", "hold_index", "clear_index_lock", "is_lock_held",
     # Commits
     "Commits", "PreparedCommit", "list_trunk", "check_out",
     # History
@@ -1104,7 +1104,7 @@ class Config:
                                                "LUKHAS_MCP_PROTECTED_PATHS", "globs that no tool may write")
     protected_branches: tuple[str, ...] = setting((), "LUKHAS_MCP_PROTECTED_BRANCHES",
                                                   "branches that no tool may commit to")
-    git_hooks: bool = setting(False, "LUKHAS_MCP_GIT_HOOKS", "run the repository's hooks when a tool commits")
+    git_hooks: bool = setting(False, "LUKHAS_MCP_GIT_HOOKS", "run the repository's hooks when a tool commits; no tool may write them then")
     cors_origins: tuple[str, ...] = setting((), "LUKHAS_MCP_CORS_ORIGINS", "further origins whose pages may call; "
                                             "* for any")
     allowed_hosts: tuple[str, ...] = setting((), "LUKHAS_MCP_ALLOWED_HOSTS", "further names this server answers to")
@@ -11545,6 +11545,17 @@ class Root:
         """Let go of the folder; nothing may be opened afterwards."""
         os.close(self._descriptor)
 
+    def is_open_to_writers(self, path: str) -> bool:
+        """Whether a tool may write there; no when it is outside."""
+        try:
+            return bool(self.writable(path))
+        except ToolError:
+            return False
+
+    def close_to_writers(self, paths: Collection[str]) -> None:
+        """Take in further own files, behind links too."""
+        self._own |= self._places(paths)
+
     def absolute(self, rel: str) -> str:
         """The machine's path of a relative one, where the wire wants it; never for opening."""
         return self._beginnings[0] + rel
@@ -11587,7 +11598,7 @@ class Root:
         """`relative`, for a file that is to be written, moved or deleted."""
         rel = self.relative(path)
         if _lies_at(rel, self._own):
-            raise PathRefused(f"This file belongs to the server, no tool may write it: {_shown_path(path)}")
+            raise PathRefused(f"This file belongs to the server, or is a hook that it runs; no tool may write it: {_shown_path(path)}")
         plain = "/".join(_plain_parts(rel))
         if any(glob.matches(plain) for glob in self._protected):
             raise PathRefused(f"Protected path, no tool may write it: {_shown_path(path)} "
@@ -12977,6 +12988,14 @@ class Git:
         self.scratch = scratch  # where copies lie while a difference is made; None: where the system has such folders
         self.runs_hooks = runs_hooks
         self._running = threading.BoundedSemaphore(_AT_ONCE)
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """End what runs (git takes its locks away, a hook may take minutes), and run nothing more."""
+        self._is_stopped = True
+        for process in list(self._processes):
+            _end_process(process)
 
     def open(self) -> GitRun:
         """Ready to run commands. Raises Unavailable without git or without a repository."""
@@ -12998,12 +13017,18 @@ class Git:
         if not self._running.acquire(timeout=timeout_s):
             raise Unavailable(f"git has been busy with other calls for {timeout_s:g} s; try again")
         try:
+            if self._is_stopped:
+                raise Unavailable("the server stops")
             # A session of its own: a Ctrl-C for the server must not end git half way. And no guard: git
             # finishes what it began when the server is killed, and so leaves no lock behind.
             process = subprocess.Popen(command, cwd=self.root.path, env=environ, start_new_session=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            with process:
-                return self._attend(process, given, limit_bytes, until_s, timeout_s)
+            self._processes.add(process)
+            try:
+                with process:
+                    return self._attend(process, given, limit_bytes, until_s, timeout_s)
+            finally:
+                self._processes.discard(process)
         except OSError as error:
             raise Unavailable(f"git can't be run: {error.strerror}") from None
         finally:
@@ -13228,7 +13253,7 @@ def _disarmed(settings: dict[str, str], kind: str) -> tuple[str, ...]:
 # may write is left out, or refused where it was named.
 
 
-_HOOK_NAMES = ("pre-commit", "prepare-commit-msg", "commit-msg", "post-commit")
+HOOK_NAMES = ("pre-commit", "prepare-commit-msg", "commit-msg", "post-commit")
 _LOCK_PREFIX = "mcp-index-"
 WORK_PREFIX = "git-"
 
@@ -13482,7 +13507,7 @@ class CommitHooks:
         self._run = run
         self._is_on = is_on
         self._folder = folder
-        self._present = _find_hooks(run)
+        self._present = _find_hooks(run, is_on)
 
     def to_wire(self) -> dict[str, Any]:
         """Whether hooks run, and which of those that are there did and did not."""
@@ -13510,10 +13535,22 @@ class CommitHooks:
         return check_message(_read_index_file(path).decode("utf-8", "replace"))
 
 
-def _find_hooks(run: GitRun) -> list[str]:
+def hooks_folder(run: GitRun) -> str:
+    """Where git looks for hooks."""
     folder = run.hooks_path or os.path.join(run.run("rev-parse", "--git-common-dir").line, "hooks")
-    folder = os.path.join(run.root.path, os.path.expanduser(folder))
-    return [name for name in _HOOK_NAMES if os.access(os.path.join(folder, name), os.X_OK)]
+    return os.path.join(run.root.path, os.path.expanduser(folder))
+
+
+def _find_hooks(run: GitRun, is_on: bool) -> list[str]:
+    """The hooks that are there. Raises Conflict for one that will run and that a tool may have written."""
+    places = {name: os.path.join(hooks_folder(run), name) for name in HOOK_NAMES}
+    present = [name for name, place in places.items() if os.access(place, os.X_OK)]
+    for name in present if is_on else ():
+        for path in (places[name], os.path.realpath(places[name])):
+            if run.root.is_open_to_writers(path):
+                raise Conflict(f"the hook {name} lies where tools may write, since core.hooksPath has changed; start the "
+                               "server again, which closes that folder to them")
+    return present
 
 
 # -- the index's lock ---------------------------------------------------------
@@ -13680,6 +13717,10 @@ class Commits:
     def __init__(self, git: Git, folder: str, protected: Collection[str] = ()):
         self._git = git
         self._folder = folder
+        if git.runs_hooks:
+            with contextlib.suppress(ToolError):  # no git, no repository: no hooks
+                hooks = hooks_folder(git.open())
+                git.root.close_to_writers([hooks, *(os.path.join(hooks, name) for name in HOOK_NAMES)])
         try:
             self._protected = [(name, compile_glob(name.casefold() if "/" in name or name == "*"
                                                    else "/" + name.casefold()))
@@ -20751,9 +20792,11 @@ class Connection(asyncio.Protocol):
         else:
             self._notify()
 
-    def drain(self) -> None:
-        """The server stops: end the connection unless it serves a request or a stream."""
-        if not self.is_busy and not self.is_streaming:  # the broker has said goodbye on a stream, which ends after it
+    def drain(self, *, is_over: bool = False) -> None:
+        """The server stops: end the connection unless it serves a request or a stream, when its time `is_over` too."""
+        if is_over and self._task is not None:
+            self._task.cancel()
+        elif not self.is_busy and not self.is_streaming:  # the broker has said goodbye on a stream, which ends after it
             self._close()
 
     def _close(self) -> None:
@@ -21136,11 +21179,13 @@ class Server:
         self._rounds = Housekeeping(services)
         self._lease = Lease(services.config.db, f"pid {os.getpid()}")
         self._stopping = asyncio.Event()
+        self._threads = ThreadPoolExecutor(thread_name_prefix="work")
         self._told: dict[str, float] = {}  # errors of the event loop, and when
 
     async def start(self) -> None:
         """Open the sockets, then begin to drive evals and canaries. Raises ConfigError."""
         services = self.services
+        asyncio.get_running_loop().set_default_executor(self._threads)
         services.store.start()
         services.broker.start(services.store)
         if self._has_http:
@@ -21286,6 +21331,8 @@ class Server:
         deadline_s = services.clock.monotonic_s() + _DRAIN_S
         while self._wire.connections and services.clock.monotonic_s() < deadline_s:
             await services.clock.sleep(0.05)
+        for connection in list(self._wire.connections):
+            connection.drain(is_over=True)
         await self.stop()
 
     async def stop(self) -> None:
@@ -21293,6 +21340,10 @@ class Server:
         services = self.services
         for task in self._tasks:
             task.cancel()
+        # What waits for a thread is given up, as a kill would: the steps below need threads, and the stop has a bound.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(thread_name_prefix="stop"))
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(services.git.stop)
         await services.finder.stop()
         if services.holds_lease:
             await services.courier.stop()

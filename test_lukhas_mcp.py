@@ -11521,6 +11521,19 @@ class TestGit:
         pid = int((tmp_path / "pid").read_text())
         wait_until(lambda: not os.path.exists(f"/proc/{pid}") or "Z" in open(f"/proc/{pid}/stat").read().split(")")[1].split()[0], 5)
 
+    def test_a_stop_ends_a_hook_and_lets_nothing_more_begin(self, repo, tmp_path):
+        (repo / ".git/hooks/pre-commit").write_text(f"#!/bin/sh\ntouch {tmp_path}/begun\nsleep 60\n")
+        (repo / ".git/hooks/pre-commit").chmod(0o755)
+        opened = open_git(repo)
+        run = opened.open()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            done = pool.submit(run.run_hook, "pre-commit", index=str(tmp_path / "index"))
+            wait_until((tmp_path / "begun").exists, 10)
+            opened.stop()
+            assert done.result(10).code == -signal.SIGTERM
+        with pytest.raises(lm.Unavailable, match="the server stops"):
+            run.run("status")
+
     def test_output_is_cut_and_nobody_waits_for_the_rest(self, repo):
         (repo / "README.md").write_text("line\n" * 400_000)
         run = open_git(repo).open()
@@ -11860,6 +11873,32 @@ class TestCommits:
         with pytest.raises(lm.Conflict, match="(?s)pre-commit refused.*no way"):
             open_commits(configured, runs_hooks=True).prepare("m", add=["README.md"])
         assert_sound(configured)
+
+    @pytest.mark.parametrize("arrange", [
+        lambda repo: git(repo, "config", "core.hooksPath", "tools/hooks"),
+        lambda repo: (shutil.rmtree(repo / ".git/hooks"), (repo / ".git/hooks").symlink_to("../tools/hooks")),
+        lambda repo: (repo / ".git/hooks/pre-commit").symlink_to("../../tools/hooks/pre-commit")], ids=["path", "folder", "link"])
+    def test_a_hook_that_runs_is_closed_to_the_tools_wherever_it_lies(self, configured, arrange):
+        hook = configured / "tools/hooks/pre-commit"
+        hook.parent.mkdir(parents=True)
+        hook.write_text("#!/bin/sh\n")
+        hook.chmod(0o755)
+        arrange(configured)
+        open_commits(configured)._git.root.writable("tools/hooks/pre-commit")  # as long as none runs
+        commits = open_commits(configured, runs_hooks=True)
+        with pytest.raises(lm.PathRefused, match="a hook that it runs"):
+            lm.Repository(commits._git.root, lm.SystemClock()).prepare_write("tools/hooks/pre-commit", b"#!/bin/sh\ntouch /tmp/x\n")
+        assert commit(commits, "m", add=["README.md"]).hooks["ran"] == ["pre-commit"]
+
+    def test_a_hook_that_a_tool_may_have_written_is_not_run(self, configured):
+        commits = open_commits(configured, runs_hooks=True)
+        (configured / "planted").mkdir()
+        (configured / "planted/post-commit").write_text("#!/bin/sh\ntouch planted/ran\n")
+        (configured / "planted/post-commit").chmod(0o755)
+        git(configured, "config", "core.hooksPath", "planted")
+        with pytest.raises(lm.Conflict, match="start the server again"):
+            commits.prepare("m", add=["README.md"])
+        assert not (configured / "planted/ran").exists()
 
     # -- branches --
 
@@ -17740,6 +17779,37 @@ class TestConnection:
                 writer.close()
                 idle[1].close()
         run_async(whole(), 60)
+
+    def test_what_waits_for_a_thread_does_not_hold_up_the_stop(self, tmp_path, monkeypatch):
+        begun, release = [], threading.Event()
+
+        def work():
+            begun.append(1)
+            release.wait(30)
+
+        async def busy(services, request):
+            while True:  # as a batch does, with one work after the other
+                await asyncio.to_thread(work)
+        monkeypatch.setitem(lm.ROUTES, "/busy", {"GET": lm.Route("GET", "/busy", "open", 0, False, busy)})
+        monkeypatch.setattr(lm, "_DRAIN_S", 0.2)
+
+        async def whole():
+            async with serve_here(tmp_path) as here:
+                talks = [await here.connect() for _ in range(100)]
+                for _, writer in talks:
+                    writer.write(b"GET /busy HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                await here.until(lambda: sum(one.is_busy for one in here.connections) == 100)
+                at_work = len(begun)
+                here.server.request_stop()
+                await asyncio.wait_for(here.server.run(), 5)
+                release.set()
+                assert 0 < at_work <= 36 and len(begun) == at_work
+                for _, writer in talks:
+                    writer.close()
+        try:
+            run_async(whole(), 60)
+        finally:
+            release.set()
 
     def test_nothing_stays_behind(self, tmp_path):
         """A thousand connections leave no object and no handle."""
