@@ -3260,6 +3260,13 @@ class KeptReads(LedgerReads):
             f"SELECT {_AUDIT} FROM audit_links l JOIN audits a ON a.id=l.audit_id WHERE l.entity_id=? AND l.audit_id>? "
             "AND (?='' OR a.action=?) ORDER BY l.audit_id LIMIT ?", entity_id, after_id, action, action, limit)]
 
+    def each_linked(self, entity_id: str, after_id: int = 0) -> Iterator[AuditRow]:
+        """`linked_audits` without an end, in pages; most callers look for one of the first."""
+        limit = 16
+        while rows := self.linked_audits(entity_id, after_id, limit=limit):
+            yield from rows
+            after_id, limit = rows[-1].audit_id, 1000
+
     def audits_of(self, actor: str, since: str, before_id: int, limit: int) -> list[AuditRow]:
         """What one actor did since a time and before a row, newest first."""
         rows = self._all(f"SELECT {_AUDIT} FROM audits a WHERE a.actor=? AND a.id<? ORDER BY a.id DESC LIMIT ?",
@@ -17963,7 +17970,7 @@ def find_asked_policy(canary: Canary) -> Policy | None:
 
 # ==============================================================================
 # 64. Undo -- taking back what an actor did: files, commits, gates
-# uses: Ground, Errors, Vocabulary, Chain, Actuation, Schema, Store, Repository, Toolkit, FileTools, GitTools, OpsTools
+# uses: Ground, Errors, Vocabulary, Chain, Tables, Actuation, Schema, Store, Repository, Toolkit, FileTools, GitTools, OpsTools
 # ==============================================================================
 # What can be taken back is read from the audit trail, and taken back by the same doors as anything
 # else: by the sha256 that the change left, by a revert commit, by the gate's former holder. So an undo
@@ -18041,27 +18048,61 @@ def was_done(reads: Reads, one: Undoable) -> bool:
     if one.kind == "gate":
         return True
     subject = one.details["commit"] if one.kind == "commit" else one.details["path"]
-    told = (read_details(row.payload) for row in reads.linked_audits(subject, one.audit_id))
+    told = (read_details(row.payload) for row in reads.each_linked(subject, one.audit_id))
     return next((details["phase"] == "done" for details in told if details.get("intent") == one.audit_id),
                 False)
 
 
-def is_in_effect(reads: Reads, one: Undoable) -> bool:
-    """Whether a change was done, and no undo of it is in effect."""
-    return was_done(reads, one) and find_undo(reads, one) is None
+class Effects:
+    """Which changes are in effect: done, and no undo of them is in effect. Good for one moment; each is looked at once.
+
+    Undos of undos make chains of any length, so they are gathered first and judged from the newest on.
+    """
+
+    def __init__(self, reads: Reads):
+        self.reads = reads
+        self._undos: dict[int, list[Undoable]] = {}
+        self._known: dict[int, bool] = {}
+
+    def has(self, one: Undoable) -> bool:
+        """Whether a change is in effect."""
+        if one.audit_id not in self._known:
+            for part in sorted(self._gather(one), key=lambda part: -part.audit_id):
+                self._known[part.audit_id] = self.find_undo(part) is None and was_done(self.reads, part)
+        return self._known[one.audit_id]
+
+    def find_undo(self, one: Undoable) -> Undoable | None:
+        """The undo of a change that is in effect now."""
+        return next((undo for undo in self._undos_of(one) if self.has(undo)), None)
+
+    def _gather(self, one: Undoable) -> list[Undoable]:
+        found, begun = {one.audit_id: one}, [one]
+        while begun:
+            for undo in self._undos_of(begun.pop()):
+                if undo.audit_id not in found and undo.audit_id not in self._known:
+                    found[undo.audit_id] = undo
+                    begun.append(undo)
+        return list(found.values())
+
+    def _undos_of(self, one: Undoable) -> list[Undoable]:
+        if one.audit_id not in self._undos:
+            told = ((row, read_details(row.payload)) for row in self.reads.each_linked(f"audit:{one.audit_id}", one.audit_id))
+            rows = [self.reads.find_audit(details["by"]) if "by" in details else row
+                    for row, details in told if details.get("undoes") == one.audit_id]
+            found = (read_undoable(self.reads, row) for row in rows if row)
+            self._undos[one.audit_id] = [undo for undo in found if undo and undo.audit_id > one.audit_id]
+        return self._undos[one.audit_id]
 
 
-def find_undo(reads: Reads, one: Undoable) -> Undoable | None:
-    """The undo of a change that is in effect now."""
-    for row in reads.linked_audits(f"audit:{one.audit_id}", one.audit_id):
-        details = read_details(row.payload)
-        if details.get("undoes") != one.audit_id:
-            continue
-        deed_row = reads.find_audit(details["by"]) if "by" in details else row
-        undo = read_undoable(reads, deed_row) if deed_row else None
-        if undo and undo.audit_id > one.audit_id and is_in_effect(reads, undo):
-            return undo
-    return None
+async def read_aside(services: Services, work: Callable[[Effects], Result]) -> Result:
+    """Ask the trail many small questions in a thread, on a connection of its own: neither loop nor writer waits."""
+    if services.store.fault:
+        raise Unavailable(services.store.fault)
+
+    def read() -> Result:
+        with contextlib.closing(connect(services.store.path, is_writer=False)) as connection:
+            return work(Effects(Reads(connection)))
+    return await in_thread(read)
 
 
 # -- one change ---------------------------------------------------------------
@@ -18071,21 +18112,21 @@ async def take_back(services: Services, call: Call, one: Undoable) -> list[int]:
     """Take one change back; tells the audit ids of what did so. Raises Conflict when what it changed has moved on."""
     deed = {"file": _take_file_back, "commit": _take_commit_back, "gate": _take_gate_back}[one.kind]
     made = []
-    for part in find_parts(services.store, one):
+    for part in await read_aside(services, lambda effects: find_parts(effects, one)) if "undoes" in one.details else [one]:
         await deed(services, call, part)
         made.append(call.audit_id)
     return made
 
 
-def find_parts(reads: Reads, one: Undoable) -> list[Undoable]:
+def find_parts(effects: Effects, one: Undoable) -> list[Undoable]:
     """The change itself; of an undo that took two steps both, the last one first."""
     target = one.details.get("undoes") if one.kind == "file" else None
     if target is None:
         return [one]
-    told = [read_undoable(reads, row) for row in reads.linked_audits(f"audit:{target}", target)]
-    return [part for part in reversed(told) if part and part.actor == one.actor
-            and part.details.get("undoes") == target
-            and is_in_effect(reads, part)]
+    told = {part.audit_id: part for row in effects.reads.each_linked(f"audit:{target}", target)
+            if (part := read_undoable(effects.reads, row))}
+    return [told[key] for key in sorted(told, reverse=True)
+            if told[key].actor == one.actor and told[key].details.get("undoes") == target and effects.has(told[key])]
 
 
 async def _take_file_back(services: Services, call: Call, one: Undoable) -> None:
@@ -18205,9 +18246,9 @@ async def tool_undo_change(services: Services, call: Call) -> dict[str, Any]:
     if one is None:
         raise Conflict(f"audit {audit_id} ({row.action}) is nothing that can be undone; changes of files, commits "
                        "and promotions can")
-    if not was_done(services.store, one):
+    is_done, undo = await read_aside(services, lambda effects: (was_done(effects.reads, one), effects.find_undo(one)))
+    if not is_done:
         raise Conflict(f"audit {audit_id} was not carried out, so there is nothing to undo")
-    undo = find_undo(services.store, one)
     if undo:
         raise Conflict(f"audit {audit_id} has been undone already, by audit {undo.audit_id}")
     await take_back(services, call, one)
@@ -18219,9 +18260,11 @@ async def tool_undo_change(services: Services, call: Call) -> dict[str, Any]:
 
 async def _undo_undo(services: Services, call: Call, row: AuditRow) -> ToolResult | dict[str, Any]:
     """Take back all that an `undo` did and that is still in effect, newest first."""
-    found = (services.store.find_audit(by) for by in reversed(read_details(row.payload)["by"]))
-    deeds = [one for deed in found if deed and (one := read_undoable(services.store, deed))]
-    listed = [one for one in deeds if is_in_effect(services.store, one)]
+    def look(effects: Effects) -> list[Undoable]:
+        found = (effects.reads.find_audit(by) for by in reversed(read_details(row.payload)["by"]))
+        deeds = [one for deed in found if deed and (one := read_undoable(effects.reads, deed))]
+        return [one for one in deeds if effects.has(one)]
+    listed = await read_aside(services, look)
     if not listed:
         raise Conflict(f"audit {row.audit_id} (undo) took nothing back that is still so")
     what = f"undo of {len(listed)} change(s)"
@@ -18243,21 +18286,31 @@ def parse_since(text: str, now_s: float) -> str:
                                "time") from None
 
 
-def list_undoables(reads: Reads, actor: str, session: str, since: str,
+def list_undoables(effects: Effects, actor: str, session: str, since: str,
                    limit: int) -> tuple[list[Undoable], bool]:
     """What an actor did since then and what is still in effect, newest first; and whether that is not all.
 
     Undos are left out where what they took back would be in the list too.
     """
-    found = {one.audit_id: one for one in (*_own_rows(reads, actor, since),
-                                           *_promoted_canaries(reads, actor, since))
-             if one.session.startswith(session) or (one.session and session.startswith(one.session))}
-    newest = [found[audit_id] for audit_id in sorted(found, reverse=True)]
-    undoing = {one.audit_id for one in newest if _target_of(reads, one) in found}
-    wanted = (one for one in newest if one.audit_id not in undoing and is_in_effect(reads, one)
-              and find_parts(reads, one)[0].audit_id == one.audit_id)
+    reads = effects.reads
+    promoted = {one.audit_id: one for one in _promoted_canaries(reads, actor, since)}
+
+    def is_meant(one: Undoable | None) -> bool:
+        return one is not None and (one.session.startswith(session) or bool(one.session) and session.startswith(one.session))
+
+    def is_listed(audit_id: int | None) -> bool:
+        row = reads.find_audit(audit_id) if audit_id else None
+        is_own = row is not None and row.actor == actor and row.ts >= since
+        return is_meant(read_undoable(reads, row) if is_own else promoted.get(audit_id))
+    newest = heapq.merge(_own_rows(reads, actor, since), sorted(promoted.values(), key=_newest_first), key=_newest_first)
+    wanted = (one for one in newest if is_meant(one) and not is_listed(_target_of(reads, one)) and effects.has(one)
+              and find_parts(effects, one)[0].audit_id == one.audit_id)
     listed = list(itertools.islice(wanted, limit + 1))
     return listed[:limit], len(listed) > limit
+
+
+def _newest_first(one: Undoable) -> int:
+    return -one.audit_id
 
 
 def _own_rows(reads: Reads, actor: str, since: str) -> Iterator[Undoable]:
@@ -18287,7 +18340,7 @@ def _target_of(reads: Reads, one: Undoable) -> int | None:
     """The audit id of what an undo took back."""
     if one.kind != "gate":
         return one.details.get("undoes")
-    told = (read_details(row.payload) for row in reads.linked_audits(one.details["gate"], one.audit_id))
+    told = (read_details(row.payload) for row in reads.each_linked(one.details["gate"], one.audit_id))
     return next((details.get("undoes") for details in told if details.get("by") == one.audit_id), None)
 
 
@@ -18314,9 +18367,8 @@ async def tool_undo(services: Services, call: Call) -> ToolResult | dict[str, An
     Stops at the first thing that has moved on and names it; what was taken back until then stays so.
     """
     since = parse_since(call.get("since"), services.clock.now_s())
-    # By the writer's thread: it may take many small questions, and the loop has others to serve.
-    listed, is_cut = await services.store.write(lambda tx: list_undoables(
-        tx, call.get("actor"), call.get("session") or "", since, call.get("limit")))
+    listed, is_cut = await read_aside(services, lambda effects: list_undoables(
+        effects, call.get("actor"), call.get("session") or "", since, call.get("limit")))
     is_dry = call.get("dryRun")
     if is_dry:
         changes, conflict = [one.to_wire("would be undone") for one in listed], None

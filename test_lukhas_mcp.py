@@ -14928,6 +14928,43 @@ class TestUndo:
             assert done["undone"] == 1 and services.store.holder_of("prod") is None
         undo_story(repo, story)
 
+    def test_no_row_of_an_agent_hides_its_changes_from_an_undo(self, repo, monkeypatch):
+        """Neither a chain of undos longer than Python's stack, nor thousands of rows that name the change."""
+        agent = lm.Actor("agent")
+
+        def fill(tx):
+            def change(path, undoes=0):
+                details = {"kind": "create", "path": path, "oldSha256": None, "newSha256": "0" * 64, "size": 1}
+                details |= {"undoes": undoes} if undoes else {}
+                ids = (path, f"audit:{undoes}") if undoes else (path,)
+                key = tx.record(lm.AuditRecord(agent, "write_file", ids, "m", details | {"phase": "intent"}))
+                return key, details
+            made = []
+            for _ in range(1501):  # odd: the last undo takes back, so the first change is in effect
+                key, details = change("chain.txt", made[-1] if made else 0)
+                lm.end_intent(tx, agent, key, details, "done", None)
+                made.append(key)
+            hidden, details = change("hidden.txt")
+            for _ in range(1100):
+                tx.record(lm.AuditRecord(agent, "write_file", ("hidden.txt", f"audit:{hidden}"), "refused", {"outcome": "refused"}))
+            lm.end_intent(tx, agent, hidden, details, "done", None)
+            undo, details = change("hidden.txt", hidden)
+            lm.end_intent(tx, agent, undo, details, "done", None)
+            return made, hidden, undo
+
+        async def story(services, call):
+            made, hidden, undo = await services.store.write(fill)
+            listed = await call("operator", "undo", actor="agent", dryRun=True)
+            assert [one["auditId"] for one in listed["changes"]] == [made[0]]
+            assert f"by audit {undo}" in (await call("operator", "undo_change", auditId=hidden))["error"]
+            effects = lm.Effects(services.store)
+            found = [effects.has(lm.read_undoable(services.store, services.store.find_audit(key))) for key in made]
+            assert found == [True, False] * 750 + [True]
+            monkeypatch.setattr(services.store, "_connection", None)  # all of it was asked elsewhere than on the loop
+            assert await lm.read_aside(services, lambda effects: effects.reads.find_audit(hidden).audit_id) == hidden
+            monkeypatch.undo()
+        undo_story(repo, story)
+
     def test_from_the_command_line_beside_a_running_server(self, git_server):
         path, start = git_server.repo / "cli.txt", git(git_server.repo, "rev-parse", "HEAD^{tree}")
         git_server.call("write_file", path="cli.txt", contents="x")
