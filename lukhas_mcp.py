@@ -13146,7 +13146,7 @@ class GitRun:
         done = self._git.execute(command, {**self._environ, **(environ or {})}, given, limit_bytes,
                                  _TIMEOUT_S)
         if done.code not in ok and not done.is_cut:
-            raise self._explain(words[0], done)
+            raise self._explain(next(word for word in words if not word.startswith("-")), done)
         return done
 
     def run_hook(self, name: str, *arguments: str, index: str, timeout_s: float = 120.0) -> GitOutput:
@@ -13215,6 +13215,8 @@ class GitRun:
     def _explain(self, command: str, done: GitOutput) -> ToolError:
         """The error of the house for what git printed; the machine's paths are taken out."""
         said = done.errors.replace(self._git.root.path, "<repository>").strip()
+        if self.scratch:
+            said = said.replace(self.scratch, "<work folder>")
         if ".lock': File exists" in said:
             return Conflict("another git process is at work on the repository, or one died in it "
                             f"({_first_line(said)}); try again, and if no git runs any more, remove that lock "

@@ -11510,6 +11510,13 @@ class TestGit:
 
     # -- bounds --
 
+    def test_an_error_names_the_command_and_no_path_of_the_machine(self, repo, tmp_path):
+        (tmp_path / "state").mkdir()
+        run = open_git(repo, scratch=str(tmp_path / "state")).open()
+        with pytest.raises(lm.Unavailable) as refusal:
+            run.run(f"--work-tree={tmp_path}/state/tree", "update-index", "--add", "none", environ={"GIT_INDEX_FILE": f"{tmp_path}/state/none/index"})
+        assert refusal.value.message.startswith("git update-index failed: ") and str(tmp_path) not in refusal.value.message
+
     def test_a_slow_git_is_stopped_with_all_that_it_started(self, repo, tmp_path, monkeypatch):
         (tmp_path / "bin").mkdir()
         (tmp_path / "bin/git").write_text(f"#!/bin/sh\nsleep 60 & echo $! > {tmp_path}/pid\nwait\n")
@@ -14348,7 +14355,7 @@ class TestGitTools:
         server.start()
         infrastructure = server.call("get_infrastructure_status")
         assert infrastructure["status"] == "operational" and infrastructure["total_tests"] == 6
-        assert "Dockerfile: 1" in infrastructure["infrastructure"] and infrastructure["process"]["uptime_s"] > 0
+        assert "Dockerfile: 1" in infrastructure["infrastructure"] and infrastructure["process"]["uptime_s"] >= 0
         assert {"name": "Dockerfile", "path": "Dockerfile", "line": 2, "text": "FROM python:3.11"} in infrastructure["manifests"]
         code = server.call("get_code_analysis")
         assert code["health_score"] is None and code["code_quality"] is None and code["languages"]["Python"]["files"] == 10
