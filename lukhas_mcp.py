@@ -13334,8 +13334,11 @@ class TreeBuilder:
         if self._git("ls-files", "-z", "--", rel, limit_bytes=1).output:
             return
         # check-ignore knows no literal paths; after ./ nothing is magic.
-        if self._run.run("check-ignore", "--quiet", "--", f"./{rel}", ok=(0, 1),
-                         environ={"GIT_LITERAL_PATHSPECS": "0"}).code == 0:
+        code = self._run.run("check-ignore", "--quiet", "--", f"./{rel}", ok=(0, 1, 128),
+                             environ={"GIT_LITERAL_PATHSPECS": "0"}).code
+        if code == 128:
+            raise PathRefused(f"A repository in the repository: {path} lies in it; commit it by hand")
+        if code == 0:
             raise Conflict(f"{path} is ignored by .gitignore; commit it by hand if that is meant")
         if not os.path.lexists(os.path.join(self._run.root.path, rel)):
             raise NotFound(f"File does not exist: {path}")
@@ -13884,7 +13887,7 @@ def _author(run: GitRun) -> tuple[tuple[str, str], tuple[str, ...]]:
 def _check_branch(run: GitRun, branch: str) -> str:
     """The full name of a branch. Raises InvalidArguments (git-check-ref-format)."""
     name = branch.removeprefix("refs/heads/")
-    is_good = not name.startswith("-") and name != "HEAD" and name.isprintable()
+    is_good = not name.startswith("-") and name not in ("HEAD", "@") and name.isprintable()
     if not is_good or run.run("check-ref-format", f"refs/heads/{name}", ok=(0, 1)).code:
         raise InvalidArguments(f"branch is {branch[:80]!r}; allowed: the name of a branch, like fix/typo")
     return f"refs/heads/{name}"

@@ -11757,6 +11757,10 @@ class TestCommits:
         assert commit(open_commits(configured), stage_all=True).skipped == ("nested/",)
         with pytest.raises(lm.Conflict, match="nothing to commit: left out nested/"):
             open_commits(configured).prepare("m", add=["nested"])
+        git(configured, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", "./nested", "within")
+        (configured / "within/a").write_text("other")
+        with pytest.raises(lm.PathRefused, match="within/a lies in it; commit it by hand"):
+            open_commits(configured).prepare("m", add=["within/a"])
 
     def test_CVE_2026_27735_paths_that_are_refused(self, configured):
         (configured / ".gitignore").write_text("*.log\n")
