@@ -303,7 +303,7 @@ __all__ = [
     # Patch
     "PatchResult", "apply_patch",
     # Paths
-    "Root", "is_secret_path", "open_subfolder", "open_regular", "hold_folders", "take_name", "read_open_file", "read_part", "check_hashable", "remove_abandoned", "explain_os_error", "file_errors",
+    "Root", "is_secret_path", "open_subfolder", "open_regular", "hold_folders", "take_name", "read_open_file", "read_part", "check_hashable", "remove_abandoned", "Budget", "sweep_folder", "explain_os_error", "file_errors",
     # Contents
     "encode_contents", "apply_template", "encode_path_id", "decode_path_id", "PIECE_BYTES", "Lines", "Outline", "outline_text", "Outlines", "text_document", "cut_document",
     # Repository
@@ -11665,6 +11665,20 @@ class Root:
         except (OSError, PathRefused):
             return False
 
+    def find_missing_folder(self, rel: str) -> str:
+        """The topmost folder that a file in the making needs and that is not there; "" when all are."""
+        parts = rel.split("/")[:-1]
+        above = ("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        return next((folder for folder in above if not self.is_there(folder)), "")
+
+    def remove_empty_folders(self, rel: str, top: str) -> None:
+        """Take away the folders above a name, up to `top`, as far as they are empty."""
+        folder = rel.rpartition("/")[0]
+        while top and (folder + "/").startswith(top + "/"):
+            with contextlib.suppress(OSError, PathRefused), self.open_parent(folder) as (above, name):
+                os.rmdir(name, dir_fd=above)
+            folder = folder.rpartition("/")[0]
+
     @contextlib.contextmanager
     def open_file(self, rel: str) -> Iterator[tuple[int, os.stat_result]]:
         """A regular file open for reading, and its stat."""
@@ -11835,6 +11849,37 @@ def remove_abandoned(folder: int, name: str) -> bool:
         return True
     finally:
         os.close(descriptor)
+
+
+@dataclass(slots=True)
+class Budget:
+    """How much one walk may still cost."""
+
+    clock: Clock
+    until_s: float
+    entries: int
+    is_spent: bool = False
+
+    def spend(self) -> bool:
+        """Take one more entry; tells whether it may be looked at."""
+        self.entries -= 1
+        self.is_spent = self.is_spent or self.entries < 0 or self.clock.monotonic_s() > self.until_s
+        return not self.is_spent
+
+
+def sweep_folder(folder: int, budget: Budget, depth: int = 0) -> int:
+    """Remove the temporary files of processes that are gone, at any depth; tells how many."""
+    removed = 0
+    with os.scandir(folder) as entries:
+        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries if budget.spend()]
+    for name, is_folder in found:
+        with contextlib.suppress(OSError):
+            if not is_folder and name.startswith(TEMP_PREFIX):
+                removed += remove_abandoned(folder, name)
+            elif is_folder and name != ".git" and depth < 64 and not budget.is_spent:
+                with open_subfolder(folder, name) as inner:
+                    removed += sweep_folder(inner, budget, depth + 1)
+    return removed
 
 
 _OS_ERRORS = {
@@ -12132,7 +12177,8 @@ class Change:
     """What is about to be done to one file: all is checked, nothing is changed.
 
     `kind` is create, overwrite, append, rename or delete. A sha256 of None is a file that is not there.
-    `before` are the bytes that will be gone, where they are at most 1 MiB.
+    `before` are the bytes that will be gone, where they are at most 1 MiB. `made` is the topmost folder that it makes,
+    `left` the topmost one that it takes away with the last file in it.
     """
 
     kind: str
@@ -12144,11 +12190,14 @@ class Change:
     target_sha256: str | None = None
     contents: bytes = field(default=b"", repr=False)
     before: bytes | None = field(default=None, repr=False)
+    made: str = ""
+    left: str = ""
 
     def to_details(self) -> dict[str, Any]:
         """What the audit keeps of an intent, and `decide` wants back."""
         details = {"kind": self.kind, "path": self.rel, "oldSha256": self.old_sha256,
                    "newSha256": self.new_sha256, "size": self.size}
+        details |= {"made": self.made} if self.made else {}
         return details | ({"to": self.target, "targetSha256": self.target_sha256} if self.target else {})
 
 
@@ -12175,21 +12224,6 @@ class _Current:
     sha256: str
     status: os.stat_result
     contents: bytes | None  # None: too large to be kept
-
-
-@dataclass(slots=True)
-class _Budget:
-    """How much one walk may still cost."""
-
-    clock: Clock
-    until_s: float
-    entries: int = _MAX_ENTRIES
-    is_spent: bool = False
-
-    def spend(self) -> bool:
-        self.entries -= 1
-        self.is_spent = self.is_spent or self.entries < 0 or self.clock.monotonic_s() > self.until_s
-        return not self.is_spent
 
 
 class Repository:
@@ -12228,7 +12262,7 @@ class Repository:
         prefix = rel + "/" if rel else ""
         items: list[dict[str, str]] = []
         with file_errors(rel, "Folder"), self.root.open_folder(rel) as folder:
-            budget = _Budget(self._clock, self._clock.monotonic_s() + _LISTING_S)
+            budget = Budget(self._clock, self._clock.monotonic_s() + _LISTING_S, _MAX_ENTRIES)
             for kind, found in self._walk(folder, prefix, budget):
                 if kind == "dir" and not include_dirs:
                     continue
@@ -12244,7 +12278,7 @@ class Repository:
         pattern = compile_glob(glob)
         items: list[dict[str, str]] = []
         with file_errors("", "Folder"), self.root.open_folder("") as folder:
-            budget = _Budget(self._clock, self._clock.monotonic_s() + _LISTING_S)
+            budget = Budget(self._clock, self._clock.monotonic_s() + _LISTING_S, _MAX_ENTRIES)
             for kind, found in self._walk(folder, "", budget):
                 if kind == "file" and pattern.matches(found):
                     if len(items) == limit:
@@ -12264,7 +12298,7 @@ class Repository:
         if current is not None and mode == "create":
             raise Conflict(f"File already exists: {rel}; to replace it give overwrite=true to write_file, or its sha256 to update_file", data={"sha256": current.sha256})
         _check_expected(rel, current, expect_sha256)
-        return _replacement("create" if current is None else "overwrite", rel, current, contents)
+        return self._replacement("create" if current is None else "overwrite", rel, current, contents)
 
     def prepare_append(self, path: str, contents: bytes, *, ensure_newline: bool = True,
                        newline: bytes = b"\n", expect_sha256: str | None = None) -> Change:
@@ -12278,7 +12312,7 @@ class Repository:
         before = self._contents_of(rel, current)
         glue = b"\r\n" if newline == b"\n" and b"\r\n" in before else newline
         is_glued = ensure_newline and before and not before.endswith(newline)
-        return _replacement("append", rel, current, before + (glue if is_glued else b"") + contents)
+        return self._replacement("append", rel, current, before + (glue if is_glued else b"") + contents)
 
     def prepare_patch(self, path: str, patch: bytes | str, *, expect_sha256: str | None = None,
                       allow_create: bool = False) -> tuple[Change, PatchResult]:
@@ -12294,10 +12328,10 @@ class Repository:
             now = current.sha256 if current else None
             details = error.data | {"sha256": now}
             raise Conflict(f"{error.message} (current sha256: {now})", data=details) from None
-        return _replacement("create" if current is None else "overwrite", rel, current, result.new), result
+        return self._replacement("create" if current is None else "overwrite", rel, current, result.new), result
 
     def prepare_rename(self, source: str, target: str, *, overwrite: bool = False,
-                       expect_sha256: str | None = None) -> Change:
+                       expect_sha256: str | None = None, left: str = "") -> Change:
         """A file under another name. Raises NotFound, Conflict."""
         rel, current = self._look_at(source)
         new_rel, replaced = self._look_at(target)
@@ -12309,18 +12343,18 @@ class Repository:
         if replaced is not None and not overwrite:
             raise Conflict(f"Target file exists and overwrite=false: {new_rel}",
                            data={"sha256": replaced.sha256})
-        change = Change("rename", rel, current.sha256, current.sha256, current.status.st_size, target=new_rel)
+        change = Change("rename", rel, current.sha256, current.sha256, current.status.st_size, target=new_rel, left=left)
         if replaced is None:
-            return change
+            return dataclasses.replace(change, made=self.root.find_missing_folder(new_rel))
         _check_mode_bits(new_rel, replaced)
         return dataclasses.replace(change, target_sha256=replaced.sha256, before=replaced.contents)
 
-    def prepare_delete(self, path: str, expect_sha256: str | None) -> Change:
+    def prepare_delete(self, path: str, expect_sha256: str | None, *, left: str = "") -> Change:
         """A file gone. Raises NotFound, Conflict."""
         rel, current = self._look_at(path)
         current = _present(rel, current)
         _check_expected(rel, current, expect_sha256)
-        return Change("delete", rel, current.sha256, None, 0, before=current.contents)
+        return Change("delete", rel, current.sha256, None, 0, before=current.contents, left=left)
 
     def commit(self, change: Change) -> Written:
         """Make a prepared change if the file is still what it was then; else Conflict, and nothing changes."""
@@ -12330,7 +12364,13 @@ class Repository:
             for number in sorted({hash(path.casefold()) % _LOCKS for path in paths}):
                 stack.enter_context(self._locks[number])
             stack.enter_context(file_errors(change.rel))
-            return deed(change)
+            try:
+                written = deed(change)
+            except (OSError, ToolError):
+                self.root.remove_empty_folders(change.target or change.rel, change.made)
+                raise
+            self.root.remove_empty_folders(change.rel, change.left)
+            return written
 
     def decide(self, details: dict[str, Any]) -> str:
         """What came of an intent whose end was never recorded: `old`, `new`, or `other` by another hand."""
@@ -12358,9 +12398,18 @@ class Repository:
 
     def sweep(self) -> int:
         """Remove the temporary files of processes that are gone; tells how many."""
-        budget = _Budget(self._clock, self._clock.monotonic_s() + _SWEEP_S, entries=2**31)
+        budget = Budget(self._clock, self._clock.monotonic_s() + _SWEEP_S, 2**31)
         with file_errors("", "Folder"), self.root.open_folder("") as folder:
-            return _sweep_folder(folder, budget)
+            return sweep_folder(folder, budget)
+
+    def _replacement(self, kind: str, rel: str, current: _Current | None, contents: bytes) -> Change:
+        if len(contents) > _MAX_FILE_BYTES:
+            raise InvalidArguments(f"{rel} would have {len(contents)} bytes; tools write up to {_MAX_FILE_BYTES}")
+        change = Change(kind, rel, None, hashlib.sha256(contents).hexdigest(), len(contents), contents=contents)
+        if current is None:
+            return dataclasses.replace(change, made=self.root.find_missing_folder(rel))
+        _check_mode_bits(rel, current)
+        return dataclasses.replace(change, old_sha256=current.sha256, before=current.contents)
 
     def _look_at(self, path: str) -> tuple[str, _Current | None]:
         """The relative path of what is to be changed, and the file as it is; None: it is not there."""
@@ -12388,7 +12437,7 @@ class Repository:
             return f"unreadable: {error.message}"
         return current and current.sha256
 
-    def _walk(self, folder: int, prefix: str, budget: _Budget) -> Iterator[tuple[str, str]]:
+    def _walk(self, folder: int, prefix: str, budget: Budget) -> Iterator[tuple[str, str]]:
         """(kind, relative path) of everything that may be listed, in the order of the whole paths."""
         for name, kind in self._sorted_entries(folder, prefix, budget):
             if kind:
@@ -12397,7 +12446,7 @@ class Repository:
                 with contextlib.suppress(OSError), open_subfolder(folder, name[:-1]) as inner:
                     yield from self._walk(inner, prefix + name, budget)
 
-    def _sorted_entries(self, folder: int, prefix: str, budget: _Budget) -> list[tuple[str, str]]:
+    def _sorted_entries(self, folder: int, prefix: str, budget: Budget) -> list[tuple[str, str]]:
         """A folder stands twice: as itself, and with a slash and no kind where what is in it comes."""
         found = []
         with os.scandir(folder) as entries:
@@ -12509,15 +12558,6 @@ def _check_mode_bits(rel: str, current: _Current) -> None:
         raise Conflict(f"File is read-only (mode {stat.S_IMODE(current.status.st_mode):o}): {rel}")
 
 
-def _replacement(kind: str, rel: str, current: _Current | None, contents: bytes) -> Change:
-    if len(contents) > _MAX_FILE_BYTES:
-        raise InvalidArguments(f"{rel} would have {len(contents)} bytes; tools write up to {_MAX_FILE_BYTES}")
-    if current is not None:
-        _check_mode_bits(rel, current)
-    return Change(kind, rel, current.sha256 if current else None, hashlib.sha256(contents).hexdigest(),
-                  len(contents), contents=contents, before=current.contents if current else None)
-
-
 def _expect(folder: int, name: str, rel: str, sha256: str | None) -> _Current | None:
     """The file as it is, proven to be what the change was prepared for."""
     current = _read_current(folder, name, rel)
@@ -12584,20 +12624,6 @@ def _written(rel: str, change: Change, status: os.stat_result, current: _Current
     born_s = getattr(oldest, "st_birthtime", min(oldest.st_mtime, oldest.st_ctime))
     return Written(rel, change.size, change.new_sha256, change.old_sha256, utc_text(born_s),
                    utc_text(status.st_mtime), current is None)
-
-
-def _sweep_folder(folder: int, budget: _Budget, depth: int = 0) -> int:
-    removed = 0
-    with os.scandir(folder) as entries:
-        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries if budget.spend()]
-    for name, is_folder in found:
-        with contextlib.suppress(OSError):
-            if not is_folder and name.startswith(TEMP_PREFIX):
-                removed += remove_abandoned(folder, name)
-            elif is_folder and name != ".git" and depth < 64 and not budget.is_spent:
-                with open_subfolder(folder, name) as inner:
-                    removed += _sweep_folder(inner, budget, depth + 1)
-    return removed
 
 
 
@@ -18141,12 +18167,12 @@ async def _take_file_back(services: Services, call: Call, one: Undoable) -> None
 
 def plan_file_undo(services: Services, details: dict[str, Any]) -> list[Callable[[], Change]]:
     """The steps that take a change of a file back, each prepared when its turn comes. Raises Conflict."""
-    files, path, left = services.repository, details["path"], details["newSha256"]
+    files, path, left, made = services.repository, details["path"], details["newSha256"], details.get("made", "")
     if details["kind"] == "create":
-        return [lambda: files.prepare_delete(path, left)]
+        return [lambda: files.prepare_delete(path, left, left=made)]
     if details["kind"] == "rename":
         target, replaced = details["to"], details["targetSha256"]
-        steps = [lambda: files.prepare_rename(target, path, expect_sha256=left)]
+        steps = [lambda: files.prepare_rename(target, path, expect_sha256=left, left=made)]
         if replaced:
             content = _kept(services.store, replaced, target)
             steps.append(lambda: files.prepare_write(target, content, mode="create"))

@@ -11108,9 +11108,10 @@ class TestRepository:
 
         with monkeypatch.context() as patch:
             patch.setattr(os, call, fail)
-            with pytest.raises(lm.Unavailable, match=reason):
-                files.commit(change)
-        assert (place / "README.md").read_text() == "# scratch\n\nA small repository.\n" and not leftovers(place)
+            for one in (change, files.prepare_write("docs/new/deep/file", b"new"))[:1 + (call in ("write", "fsync"))]:
+                with pytest.raises(lm.Unavailable, match=reason):
+                    files.commit(one)
+        assert not (place / "docs/new").exists() and (place / "README.md").read_text() == "# scratch\n\nA small repository.\n" and not leftovers(place)
 
     def test_where_permission_is_missing_the_answer_says_so(self, files, place):
         os.chmod(place / "docs", 0o555)
@@ -14891,6 +14892,23 @@ class TestUndo:
             assert (repo / "a.txt").read_text() == "other" and not (repo / "b.txt").exists()
             summary = [row for row in services.store.audits_of("operator", "", 2**62, 9) if "took back 1 of 2" in row.payload]
             assert len(summary) == 1
+        undo_story(repo, story)
+
+    def test_folders_that_an_actor_made_go_with_its_files(self, repo):
+        """Else a file could not come back where a folder has taken its name."""
+        async def story(services, call):
+            start = sorted(map(str, repo.rglob("[!.]*")))
+            await call("agent", "delete_file", path="docs/guide.md", expectSha256=sha_of(repo / "docs/guide.md"))
+            await call("agent", "write_file", path="docs/guide.md/part/one.md", contents="1")
+            await call("agent", "rename_file", **{"from": "docs/guide.md/part/one.md", "to": "docs/guide.md/more/of/it.md"})
+            await call("agent", "create_file", path="shared/by/agent", contents="1")
+            await call("other", "create_file", path="shared/by-other", contents="2")
+            done = await call("operator", "undo", actor="agent")
+            assert not done["failed"] and done["undone"] == 4
+            end = sorted(map(str, repo.rglob("[!.]*")))
+            assert sorted({*end} - {*start}) == [str(repo / "shared"), str(repo / "shared/by-other")] and not {*start} - {*end}
+            assert (await call("operator", "undo_change", auditId=done["auditId"]))["outcome"] == "undone"
+            assert (repo / "docs/guide.md/more/of/it.md").read_text() == "1"
         undo_story(repo, story)
 
     def test_only_an_actors_session_and_time(self, repo):
