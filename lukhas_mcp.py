@@ -13363,7 +13363,7 @@ class TreeBuilder:
         code = self._run.run("check-ignore", "--quiet", "--", f"./{rel}", ok=(0, 1, 128),
                              environ={"GIT_LITERAL_PATHSPECS": "0"}).code
         if code == 128:
-            raise PathRefused(f"A repository in the repository: {path} lies in it; commit it by hand")
+            raise PathRefused(f"{path} lies in a repository of its own, or behind a symbolic link; commit it by hand")
         if code == 0:
             raise Conflict(f"{path} is ignored by .gitignore; commit it by hand if that is meant")
         if not os.path.lexists(os.path.join(self._run.root.path, rel)):

@@ -11760,7 +11760,7 @@ class TestCommits:
             open_commits(configured).prepare("m", add=["nested"])
         git(configured, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", "./nested", "within")
         (configured / "within/a").write_text("other")
-        with pytest.raises(lm.PathRefused, match="within/a lies in it; commit it by hand"):
+        with pytest.raises(lm.PathRefused, match="within/a lies in a repository of its own"):
             open_commits(configured).prepare("m", add=["within/a"])
 
     def test_CVE_2026_27735_paths_that_are_refused(self, configured):
