@@ -11936,8 +11936,11 @@ _MIME_TYPES = {".md": "text/markdown", ".markdown": "text/markdown", ".json": "a
                ".js": "text/javascript", ".mjs": "text/javascript", ".xml": "application/xml",
                ".svg": "image/svg+xml", ".yaml": "application/yaml", ".yml": "application/yaml"}
 _MAGIC = re.compile(rb"(?P<a_PNG_image>\x89PNG)|(?P<a_JPEG_image>\xff\xd8\xff)|(?P<a_GIF_image>GIF8[79]a)|"
+                    rb"(?P<a_TIFF_image>II\*\0|MM\0\*)|(?P<a_BMP_image>BM.{4}\0{4})|(?P<an_icon>\0\0[\1\2]\0)|"
                     rb"(?P<an_image_or_sound>RIFF.{4}(?:WEBP|WAVE|AVI ))|(?P<a_PDF_document>%PDF-)|"
-                    rb"(?P<a_zip_archive>PK\x03\x04)|(?P<gzip_data>\x1f\x8b)|(?P<a_program>\x7fELF)|"
+                    rb"(?P<an_image_or_video>\0\0..ftyp)|(?P<sound>ID3[\2-\4]|OggS\0|fLaC\0)|(?P<a_font>wOF[F2])|"
+                    rb"(?P<a_zip_archive>PK\x03\x04)|(?P<gzip_data>\x1f\x8b)|(?P<a_program>\x7fELF|\0asm)|"
+                    rb"(?P<compressed_data>\x28\xb5\x2f\xfd|\xfd7zXZ\0|BZh[1-9]1AY|7z\xbc\xaf)|"
                     rb"(?P<an_SQLite_database>SQLite format 3\0)", re.S)
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _NO_UTF8 = "unknown (not UTF-8, shown with U+FFFD)"

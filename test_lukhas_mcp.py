@@ -10703,6 +10703,8 @@ class TestContents:
         (b"SQLite format 3\0", "an SQLite database"), (b"\x89PNG", "a PNG image"), (b"\xff\xd8\xff\xe0", "a JPEG image"),
         (b"GIF89a", "a GIF image"), (b"RIFF1234WEBPVP8", "an image or sound"), (b"PK\x03\x04", "a zip archive"),
         (b"\x1f\x8b\x08", "gzip data"), (b"\x7fELF", "a program"),
+        (b"II*\0abc", "a TIFF image"), (b"BM\x9a\0\0\0\0\0\0\0", "a BMP image"), (b"\0\0\1\0", "an icon"), (b"\0\0\0\x18ftypheic", "an image or video"),
+        (b"ID3\x03abc", "sound"), (b"\x28\xb5\x2f\xfdabc", "compressed data"), (b"BZh91AY", "compressed data"), (b"wOF2\0", "a font"),
     ])
     def test_what_is_no_text_is_refused_by_its_kind(self, content, kind):
         with pytest.raises(lm.Conflict, match=rf"is {kind} \({len(content)} bytes, sha256 [0-9a-f]{{64}}\)"):
