@@ -11173,6 +11173,7 @@ class _Hunk:
 class _Diff:
     hunks: list[_Hunk]
     is_creation: bool
+    is_crlf: bool  # by its own rows, on its way here
     notes: list[str]
 
 
@@ -11236,7 +11237,7 @@ def _read_diff(patch: bytes, path: str) -> _Diff:
     if is_cut and rows[-1].startswith(b"+"):
         raise InvalidArguments(f"Invalid patch: it ends within the added line {_shown_line(rows[-1])}; "
                                "end the last line with a newline")
-    return _Diff(hunks, is_creation, notes)
+    return _Diff(hunks, is_creation, any(row.startswith(b"\\") and row.endswith(b"\r") for row in rows), notes)
 
 
 def _check_kind(rows: list[bytes], refused: Mapping[bytes, str]) -> None:
@@ -11343,8 +11344,8 @@ def _read_body_row(hunk: _Hunk, row: bytes, mark_before: bytes) -> None:
         hunk.added += 1
     elif mark == b"\\" and mark_before not in (b"", b"\\"):
         for side, other_mark in ((hunk.old, b"+"), (hunk.new, b"-")):
-            if mark_before != other_mark:
-                side[-1] = side[-1][:-1]
+            if mark_before != other_mark:  # a CR behind this very row came with the diff, and so did the line's
+                side[-1] = side[-1][:-1].removesuffix(b"\r" if row.endswith(b"\r") else b"")
     else:
         _check_kind([row], _OTHER_DEEDS)
         raise InvalidArguments(f"Invalid patch: in hunk {hunk.number} the line {_shown_line(row)} "
@@ -11366,6 +11367,8 @@ def _adopt_line_ends(diff: _Diff, target: _Target) -> None:
     """A diff in LF for a file all in CRLF is taken to mean CRLF: agents send no other, and git refuses it."""
     ended = [line for line in target.lines if line.endswith(b"\n")]
     if not ended or not all(line.endswith(b"\r\n") for line in ended):
+        if ended and diff.is_crlf:
+            raise Conflict(f"The patch came with CRLF line ends, {target.path} has others: send it with those of the file")
         return
     sides = [side for hunk in diff.hunks for side in (hunk.old, hunk.new)]
     if any(line.endswith((b"\r\n", b"\r")) for side in sides for line in side):

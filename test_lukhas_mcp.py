@@ -10309,6 +10309,14 @@ class TestPatch:
         last = lm.apply_patch(b"a\r\nb", "@@ -1,2 +1,2 @@\n a\n-b\n\\ No newline at end of file\n+c\n", "f")
         assert last.new == b"a\r\nc\r\n"
 
+    def test_a_diff_that_was_made_crlf_on_its_way_ends_no_line_in_a_lone_cr(self):
+        diff = b"--- a/f\r\n+++ b/f\r\n@@ -1,2 +1,2 @@\r\n a\r\n-b\r\n\\ No newline at end of file\r\n+c\r\n\\ No newline at end of file\r\n"
+        assert lm.apply_patch(b"a\r\nb", diff, "f").new == b"a\r\nc"
+        assert lm.apply_patch(None, b"@@ -0,0 +1,2 @@\r\n+a\r\n+b\r\n\\ No newline at end of file\r\n", "f", allow_create=True).new == b"a\r\nb"
+        assert lm.apply_patch(b"a\nb\r", diff.replace(b"\r\n", b"\n").replace(b"b\n", b"b\r\n"), "f").new == b"a\nc"  # a lone CR that is meant
+        with pytest.raises(lm.Conflict, match="send it with those of the file"):
+            lm.apply_patch(b"a\nb", b"@@ -2 +2 @@" + diff[diff.index(b"\r\n-b"):], "f")
+
     def test_blank_rows_that_editors_change_are_read_as_meant(self):
         assert lm.apply_patch(PATCHED, GOOD_HUNK.replace(" \n", "\n"), "f").new.count(b"line 2") == 1
         assert lm.apply_patch(PATCHED, GOOD_HUNK + "\n\n", "f").new.count(b"line 2") == 1
