@@ -10943,6 +10943,12 @@ class Glob:
     pattern: str
     alternatives: tuple[tuple[_GlobItem, ...], ...]
 
+    @property
+    def folder(self) -> str:
+        """The folder below which all that it matches lies; "" is the root."""
+        rows = [itertools.takewhile(lambda part: isinstance(part, str) and part != "**", row[:-1]) for row in self.alternatives]
+        return "/".join(parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*rows)))
+
     def matches(self, path: str) -> bool:
         """Whether the pattern covers the whole of a relative path with `/` between its parts."""
         parts = path.split("/")
@@ -12170,7 +12176,7 @@ def _whole_characters(content: bytes, end: int) -> int:
 _MAX_TEXT_BYTES = 200_000  # of one fetch
 _MAX_FILE_BYTES = 32 * 2**20  # read or written as a whole
 _MAX_KEPT_BYTES = 2**20  # of the old contents in a Change, for undoing
-_MAX_ENTRIES = 20_000
+_MAX_ENTRIES = 1_000_000
 _LISTING_S = 2.0
 _SWEEP_S = 60.0
 _LOCKS = 64  # paths share locks by their hash, so there is nothing to clean up
@@ -12283,9 +12289,13 @@ class Repository:
         """Files of the repository that a glob matches, sorted, as {path}; and whether that is not all."""
         pattern = compile_glob(glob)
         items: list[dict[str, str]] = []
-        with file_errors("", "Folder"), self.root.open_folder("") as folder:
-            budget = Budget(self._clock, self._clock.monotonic_s() + _LISTING_S, _MAX_ENTRIES)
-            for kind, found in self._walk(folder, "", budget):
+        budget = Budget(self._clock, self._clock.monotonic_s() + _LISTING_S, _MAX_ENTRIES)
+        parts = pattern.folder.split("/") if pattern.folder else []
+        if not all(self.root.is_listed("/".join(parts[:depth]), parts[depth - 1]) for depth in range(1, len(parts) + 1)):
+            return items, False
+        with file_errors("", "Folder"), contextlib.suppress(FileNotFoundError, NotADirectoryError, PathRefused), \
+                self.root.open_folder(pattern.folder) as folder:
+            for kind, found in self._walk(folder, "".join(part + "/" for part in parts), budget):
                 if kind == "file" and pattern.matches(found):
                     if len(items) == limit:
                         return items, True

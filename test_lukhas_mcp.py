@@ -10137,7 +10137,9 @@ class TestGlob:
     @example(["a*b*"], ["aabab"])
     def test_it_agrees_with_an_independent_oracle(self, pattern_parts, parts):
         pattern, path = "/".join(pattern_parts), "/".join(parts)
-        assert lm.compile_glob(pattern).matches(path) == glob_by_re(pattern, path)
+        glob = lm.compile_glob(pattern)
+        assert glob.matches(path) == glob_by_re(pattern, path)
+        assert not glob.matches(path) or path.startswith(glob.folder and glob.folder + "/")
 
     @settings(max_examples=100, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
     @given(st.lists(st.sampled_from(["*", "?", "**", "a*", "*b", "[ab]", "[!a]b", "a?b", "*a*", "[a-b]*", "?[.b]b", "[]x]*", "a"]), min_size=1, max_size=4))
@@ -10149,6 +10151,12 @@ class TestGlob:
         anchored = pattern if "/" in pattern else "/" + pattern
         found = git(place, "ls-files", "-z", "--", f":(glob){pattern}").split("\0")[:-1]
         assert [path for path in sorted(paths) if lm.compile_glob(anchored).matches(path)] == sorted(found)
+
+    @pytest.mark.parametrize("pattern, folder", [
+        ("*.py", ""), ("src/*.py", "src"), ("a/b/**/c/*.py", "a/b"), ("/x", ""), ("a/{b,c}/d", "a"), ("{a/b,a/c}/d/e", "a"), ("{a/b,c}", ""),
+        ("a?/b", ""), ("a/[b]/c", "a"), ("docs/", "docs"), ("./a/b", "a")])
+    def test_the_folder_below_which_all_matches_lie(self, pattern, folder):
+        assert lm.compile_glob(pattern).folder == folder
 
     @settings(max_examples=300, deadline=None)
     @given(st.text("ab*?[]!-{},/.", max_size=40), st.text("ab/.", min_size=1, max_size=30))
@@ -10837,10 +10845,13 @@ class TestRepository:
         assert files.find_files("**/*.md") == ([{"path": "README.md"}, {"path": "docs/guide.md"}], False)
         assert files.find_files("*.txt") == ([], False)
 
-    def test_a_listing_has_an_end_in_entries_and_in_time(self, files, place):
-        for number in range(20_100):
+    def test_a_listing_has_an_end_in_entries_and_in_time(self, files, place, monkeypatch):
+        for number in range(200):
             os.mknod(place / f"docs/{number:05}")
-        assert files.list_dir("docs", "none")[1] is True
+        assert files.list_dir("docs", "none") == ([], False) and files.find_files("*.py")[1] is False
+        monkeypatch.setattr(lm, "_MAX_ENTRIES", 100)
+        assert files.list_dir("docs", "none")[1] is True and files.find_files("*.py") == ([], True)
+        assert files.find_files("src/*.py") == ([{"path": "src/app.py"}], False)  # only that folder is looked at
         assert files.list_dir("docs", limit=10)[1] is True
 
         class LateClock:
