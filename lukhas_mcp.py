@@ -13132,8 +13132,10 @@ def _exchange(process: subprocess.Popen[bytes], given: bytes, limit_bytes: int, 
                     stream.close()
             if len(heard[process.stdout]) > limit_bytes:
                 break
-    output = bytes(heard[process.stdout])
-    return output[:limit_bytes], bytes(heard[process.stderr]), len(output) > limit_bytes
+    output = heard.pop(process.stdout)
+    is_cut = len(output) > limit_bytes
+    del output[limit_bytes:]
+    return bytes(output), bytes(heard[process.stderr]), is_cut
 
 
 def _feed(stream: Any, rest: memoryview) -> memoryview:
@@ -14142,18 +14144,23 @@ def _parse_changes(fields: list[str]) -> list[dict[str, Any]]:
 
 def _page_lines(content: bytes, is_cut: bool, offset: int, limit: int) -> dict[str, Any]:
     """Some lines of a text, and where to read on."""
-    lines = content.split(b"\n")
-    lines = lines[:-1] if is_cut or not lines[-1] else lines  # a line that was cut through is none
-    page, size = [], 0
-    for line in lines[offset:offset + limit]:
-        size += len(line) + 1
+    stop = content.rfind(b"\n") + 1 if is_cut else len(content)  # a line that was cut through is none
+    total = content.count(b"\n", 0, stop) + (stop > 0 and content[stop - 1] != 10)
+    at = size = 0
+    for _ in range(min(offset, total)):  # millions of lines are never objects all at once
+        at = content.find(b"\n", at, stop) + 1 or stop
+    page: list[bytes] = []
+    while at < stop and len(page) < limit:
+        end = content.find(b"\n", at, stop)
+        end = stop if end < 0 else end
+        size += end + 1 - at
         if size > _PAGE_BYTES and page:
             break
-        page.append(line[:_PAGE_BYTES])
+        page.append(content[at:min(end, at + _PAGE_BYTES)])
+        at = end + 1
     end = offset + len(page)
-    is_more = is_cut or end < len(lines)
-    return {"diff": b"".join(line + b"\n" for line in page).decode("utf-8", "replace"), "truncated": is_more,
-            "lines": None if is_cut else len(lines), "nextOffset": end if end < len(lines) else None}
+    return {"diff": b"".join(line + b"\n" for line in page).decode("utf-8", "replace"), "truncated": is_cut or end < total,
+            "lines": None if is_cut else total, "nextOffset": end if end < total else None}
 
 
 def read_commit(run: GitRun, revision: str, **page: Any) -> dict[str, Any]:
