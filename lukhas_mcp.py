@@ -3682,6 +3682,11 @@ class Reads(KeptReads):
                          *values, limit)
         return [_to_job(row) for row in rows]
 
+    def recent_job_names(self, limit: int) -> set[str]:
+        """The tasks and configurations of the newest jobs."""
+        rows = self._all("SELECT task_id, config_id FROM jobs ORDER BY started_at DESC LIMIT ?", limit)
+        return {name for row in rows for name in row}
+
     def is_referred(self, job_id: str) -> bool:
         """Whether a canary or a promotion refers to a job."""
         return bool(self._all(f"SELECT {_IS_REFERRED.format('?')}", job_id)[0][0])
@@ -3758,15 +3763,16 @@ class Reads(KeptReads):
         return _load(row[0]) if row else None
 
     def load_audits(self, entity_id: str, limit: int = 10_000) -> list[AuditRow]:
-        """The audit rows that concern an id, oldest first; with the original's narrative lines among them."""
+        """The newest audit rows that concern an id, oldest first; with the original's narrative lines among them."""
         rows = [AuditRow(*row) for row in self._all(
             "SELECT a.id, a.ts, coalesce(a.actor,'system'), a.action, coalesce(a.payload_json,'{}'), a.hash "
-            "FROM audit_links l JOIN audits a ON a.id=l.audit_id WHERE l.entity_id=? ORDER BY a.id LIMIT ?",
-            entity_id, limit)]
+            "FROM audit_links l JOIN audits a ON a.id=l.audit_id WHERE l.entity_id=? ORDER BY l.audit_id DESC LIMIT ?",
+            entity_id, limit)][::-1]
         told = [AuditRow(0, row[0], row[1] or "system", row[2], to_text({"message": row[3], "entityId": entity_id}))
                 for row in self._all("SELECT created_at, operator, event_type, message FROM audits_narrative "
-                                     "WHERE entity_id=? AND context IS NULL ORDER BY id LIMIT ?", entity_id, limit)]
-        return sorted(rows + told, key=lambda row: audit_time_s(row.ts)) if told else rows
+                                     "WHERE entity_id=? AND context IS NULL ORDER BY id DESC LIMIT ?", entity_id,
+                                     limit)[::-1]]
+        return sorted(rows + told, key=lambda row: audit_time_s(row.ts))[-limit:] if told else rows
 
     def iterate_audits(self) -> Iterator[AuditRow]:
         """Every audit row in id order, for verifying."""
@@ -11497,7 +11503,7 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.E
 TEMP_PREFIX = ".mcp-tmp-"
 
 _SECRET_NAMES = frozenset(
-    ".netrc _netrc .pgpass .pypirc .npmrc .htpasswd .git-credentials .vault-token credentials "
+    ".netrc _netrc .pgpass .pypirc .npmrc .htpasswd .git-credentials .vault-token kubeconfig credentials "
     "credentials.json credentials.yaml credentials.yml credentials.toml credentials.csv client_secret.json "
     "secrets.json secrets.yaml secrets.yml secrets.toml secrets.env "
     "id_rsa id_dsa id_ecdsa id_ed25519 id_ecdsa_sk id_ed25519_sk".split())
@@ -11638,8 +11644,8 @@ class Root:
 
     def is_listed(self, rel: str, name: str) -> bool:
         """Whether a listing may show this entry; `name` is the last part of `rel`."""
-        if _UNNAMEABLE.search(rel):  # no UTF-8, or what `relative` refuses: it could not be asked for
-            return False
+        if _UNNAMEABLE.search(rel) or rel.startswith("~") or rel.count("/") >= _MAX_PARTS:
+            return False  # no UTF-8, or what `relative` refuses: it could not be asked for
         if _is_git(name) or name.startswith(TEMP_PREFIX) or self.is_secret(rel):
             return False
         return not (self._closed and _lies_at(rel, self._closed))
@@ -13243,6 +13249,12 @@ class GitRun:
         return list(dict.fromkeys(self.run("ls-files", "-z", "--cached", "--others",
                                            "--exclude-standard").fields))
 
+    def list_ignored(self, paths: Iterable[str]) -> set[str]:
+        """Those of some paths that are ignored and not tracked; whether they are there does not matter."""
+        given = b"".join(b"./" + os.fsencode(path) + b"\0" for path in paths)  # no path begins like a pathspec's magic
+        done = self.run("check-ignore", "-z", "--stdin", given=given, ok=(0, 1), environ={"GIT_LITERAL_PATHSPECS": "0"})
+        return {path.removeprefix("./") for path in done.fields}
+
     def _read_settings(self) -> dict[str, str]:
         """The settings of every scope that matter here; reading them runs nothing."""
         done = self._git.execute([*self._start, "config", "-z", "--get-regexp", _WATCHED],
@@ -14245,6 +14257,13 @@ class Corpus:
             listed = list(self._walk())
         return sorted(listed)  # almost sorted already: else this would hold up every thread
 
+    def find_ignored(self, paths: Collection[str]) -> set[str]:
+        """Those of some paths that `list_paths` would leave out if they were there."""
+        try:
+            return self._git.open().list_ignored(paths) if paths else set()
+        except ToolError:  # also for a path in a submodule
+            return {path for path in paths if not self._is_walked(path)}
+
     def look(self, paths: Iterable[str]) -> Iterator[tuple[str, int, int]]:
         """(path, changed_ns, size) of those that are regular files now."""
         with self.root.open_folder("") as folder:
@@ -14320,6 +14339,21 @@ class Corpus:
                     yield from self._walk_folder(inner, prefix + name + "/", rules, left)
             except OSError:
                 continue  # gone, or closed to us
+
+
+    def _is_walked(self, path: str) -> bool:
+        rules: tuple[_IgnoreRule, ...] = ()
+        for end in [*(found.start() for found in re.finditer("/", path)), len(path)]:
+            part, is_folder = path[:end], end < len(path)
+            above, slash, name = part.rpartition("/")
+            try:
+                with self.root.open_folder(above) as folder:
+                    rules += _read_ignore_rules(folder, above + slash)
+            except (OSError, ToolError):
+                return False
+            if (is_folder and name in _UNSEEN_FOLDERS) or _is_git_ignored(part, is_folder, rules):
+                return False
+        return True
 
 
 # A line of a .gitignore: its globs, whether it is for folders only, whether it takes back.
@@ -14655,6 +14689,7 @@ CREATE TABLE syms (name TEXT NOT NULL, doc INTEGER NOT NULL, line INTEGER NOT NU
   PRIMARY KEY (name, doc)) WITHOUT ROWID;
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 """
+_KNOWN = "SELECT path, changed_ns, size FROM docs WHERE state >= 0"
 _DEAD, _NO_DOCUMENT, _PATH_ONLY, _TEXT = -1, 0, 1, 2  # docs.state; only the last two are found
 _WEIGHTS = "8.0, 5.0, 6.0, 2.5, 1.0"  # bm25 of path, title, symbols, head, body
 _ALL_LIMIT, _RARE_LIMIT, _NEAR_LIMIT, _NAME_LIMIT, _LITERAL_LIMIT = 90, 90, 60, 30, 60
@@ -14782,13 +14817,13 @@ class IndexWriter:
 
     def refresh(self, paths: Collection[str]) -> int:
         """Bring some paths up to date, whether they are documents or not; tells how many had changed."""
-        known = {row[1]: row for row in self._rows_of(paths)}
-        return self._apply(known, self._look(known, paths))
+        known = {row[0]: row[1:] for path in paths for row in self._execute(f"{_KNOWN} AND path=?", path)}
+        ignored = self.corpus.find_ignored(paths)
+        return self._apply(known, [path for path in dict.fromkeys(paths) if path not in ignored])
 
     def sweep(self) -> int:
         """Bring everything up to date that was changed by others; tells how much it was."""
-        known = {row[1]: row for row in self._execute("SELECT id, path, changed_ns, size FROM docs WHERE state >= 0")}
-        return self._apply(known, self._look(known, self.corpus.list_paths()))
+        return self._apply({row[0]: row[1:] for row in self._execute(_KNOWN)}, self.corpus.list_paths())
 
     def count(self) -> int:
         """How many documents the index has."""
@@ -14800,28 +14835,23 @@ class IndexWriter:
         dead, count = self._execute("SELECT coalesce(sum(state < 0), 0), count(*) FROM docs").fetchone()
         return dead > max(_MIN_DEAD, _MAX_DEAD * count)
 
-    def _rows_of(self, paths: Collection[str]) -> Iterator[tuple[Any, ...]]:
-        for path in paths:
-            yield from self._execute("SELECT id, path, changed_ns, size FROM docs WHERE path=? AND state >= 0", path)
-
-    def _look(self, known: Collection[str], paths: Collection[str]) -> dict[str, tuple[int, int]]:
-        looked = self.corpus.look(path for path in paths if path in known or self.corpus.is_open(path))
-        return {path: (changed_ns, size) for path, changed_ns, size in looked}
-
-    def _apply(self, known: Mapping[str, tuple[Any, ...]], now: Mapping[str, tuple[int, int]]) -> int:
-        """Write what differs, in one transaction."""
-        changed = [path for path in known.keys() | now.keys()
-                   if (known[path][2:] if path in known else None) != now.get(path)]
-        if not changed:
+    def _apply(self, known: dict[str, tuple[int, int]], paths: Iterable[str]) -> int:
+        """Write what differs between the rows that are known and these paths, in one transaction."""
+        changed: dict[str, tuple[int, int]] = {}
+        wanted = (path for path in paths if path in known or self.corpus.is_open(path))
+        for path, changed_ns, size in self.corpus.look(wanted):
+            if known.pop(path, None) != (changed_ns, size):
+                changed[path] = changed_ns, size
+        if not (known or changed):
             return 0
         with self._connection:  # commits, or takes all of it back
             self._execute("BEGIN IMMEDIATE")
-            for path in changed:
+            for path in (*known, *changed):
                 self._execute("UPDATE docs SET state=? WHERE path=? AND state >= 0", _DEAD, path)
-                if path in now:
-                    self._insert(path, *now[path])
+            for path, now in changed.items():
+                self._insert(path, *now)
             self._execute("UPDATE meta SET value=value+1 WHERE key='changes'")
-        return len(changed)
+        return len(known) + len(changed)
 
     def _insert(self, path: str, changed_ns: int, size: int) -> None:
         document = self.corpus.read(path)
@@ -14845,7 +14875,7 @@ class IndexWriter:
             self._execute("INSERT OR IGNORE INTO syms VALUES (?,?,?)", name_key(name), row, line)
 
     def _build(self) -> None:
-        paths = self.corpus.list_paths()
+        paths = list(filter(self.corpus.is_open, self.corpus.list_paths()))
         self._tell(0, len(paths))
         name = self._key + new_secret()[:8]
         self.growing = os.path.join(self._folder, name + ".part")
@@ -14867,7 +14897,7 @@ class IndexWriter:
 
     def _insert_all(self, paths: Collection[str]) -> None:
         told_s = self._clock.monotonic_s()
-        for done, (path, changed_ns, size) in enumerate(self.corpus.look(filter(self.corpus.is_open, paths)), 1):
+        for done, (path, changed_ns, size) in enumerate(self.corpus.look(paths), 1):
             self._insert(path, changed_ns, size)
             if self._clock.monotonic_s() - told_s > _TELL_S:
                 told_s = self._clock.monotonic_s()
@@ -15033,7 +15063,7 @@ _CACHED_BYTES = 16 * 2**20
 _MAX_FRESH = 200  # own writes that the index does not have yet
 _STALE_S = 4.0  # the first search after a pause does not answer from an older sweep, if it can help it
 _SWEEP_WAIT_S = 1.0
-_SWEEP_PAUSE_S = 2.0
+_SWEEP_PAUSE_S = 1.5
 _BUSY_S = 60.0  # so long after a search sweeps go on
 _PATHS_S = 5.0
 _STOP_S = 3.0
@@ -15272,7 +15302,7 @@ class _Shelf:
         self._fault = ""  # why there is none
         self._paths = PathList(())
         self._paths_s = -1e9
-        self._fresh: dict[str, None] = {}
+        self._fresh: dict[str, float] = {}  # and when git was asked whether it is ignored
         self._texts: collections.OrderedDict[str, tuple[int, int, bytes]] = collections.OrderedDict()
         self._cached = 0
 
@@ -15280,7 +15310,7 @@ class _Shelf:
         """Remember own writes until the index has them."""
         for path in paths:
             self._fresh.pop(path, None)
-            self._fresh[path] = None
+            self._fresh[path] = -1e9
         while len(self._fresh) > _MAX_FRESH:
             self._fresh.pop(next(iter(self._fresh)), None)
 
@@ -15308,13 +15338,13 @@ class _Shelf:
     def find(self, text: str, limit: int) -> tuple[list[Hit], bool, list[str], str]:
         """Hits; whether texts were searched; paths that the index has not as they are now; what is wrong with it."""
         query, candidates = parse_query(text), None
+        unread = self._list_fresh()  # first: what the index takes up after this, it finds itself
         if self._reader is not None:
             try:
                 candidates = self._reader.find(query)
             except Unavailable as error:
                 self._fault = error.message
                 self.close()
-        unread = self._list_fresh()
         is_whole = candidates is not None
         if candidates is None:
             candidates = self._find_by_path(query)
@@ -15332,10 +15362,14 @@ class _Shelf:
         return Candidates(self._paths.matching(query, _BY_PATH), weigh(query, {}, 1))
 
     def _list_fresh(self) -> list[str]:
-        """Own writes that the index does not have yet."""
-        for path in list(self._fresh):
+        """Own writes that the index does not have yet, and will have."""
+        fresh, now_s = dict(self._fresh), self._clock.monotonic_s()
+        due = [path for path, asked_s in fresh.items() if now_s - asked_s > _PATHS_S]
+        ignored = self._corpus.find_ignored(due)
+        self._fresh.update(dict.fromkeys(due, now_s))
+        for path in fresh:
             now = next(((changed_ns, size) for _, changed_ns, size in self._corpus.look((path,))), None)
-            if self._reader is not None and self._reader.state_of(path) == now:
+            if path in ignored or self._reader is not None and self._reader.state_of(path) == now:
                 self._fresh.pop(path, None)
         return list(self._fresh)
 
@@ -16587,7 +16621,7 @@ class ReadLog:
 
 # ==============================================================================
 # 58. SearchTools -- one search over files and operations, and operations as documents
-# uses: Errors, Vocabulary, Chain, Schema, Store, Contents, Query, Finder, Toolkit
+# uses: Errors, Vocabulary, Chain, Schema, Store, Contents, Query, Finder, Sessions, Toolkit
 # ==============================================================================
 # `search` and `fetch` have the shape that ChatGPT asks of every server: one text item, the same document
 # as structuredContent, ids that fetch takes. An operation is found by its id, its model, task or gate,
@@ -16605,7 +16639,8 @@ KIND_WORDS = {"job": "job jobs eval evals evaluation run", "canary": "canary can
               "model": "model models gate gates"}
 
 
-OUR_WORDS = frozenset(" ".join((*STATUS_WORDS.values(), *KIND_WORDS.values())).split())
+OUR_WORDS = frozenset(re.findall("[a-z]+", " ".join((*STATUS_WORDS, *STATUS_WORDS.values(), *KIND_WORDS.values())).lower())
+                      ) - {"out", "back"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -16641,7 +16676,7 @@ def operation_url(services: Services, operation: Operation) -> str:
     name = operation.key.partition(":")[2] or operation.key
     if services.config.public_url and operation.kind != "audit":
         return f"{services.config.public_url.rstrip('/')}/cockpit.html#/why/{urllib.parse.quote(name, safe='')}"
-    return f"lukhas://{operation.kind}/{urllib.parse.quote(name)}"
+    return entity_uri(operation.kind, name if operation.kind != "audit" else operation.key)
 
 
 # -- operations ---------------------------------------------------------------
@@ -16687,8 +16722,8 @@ def find_operation(store: Store, key: str) -> Operation | None:
         row = store.find_audit(int(name))
         return from_audit(row) if row else None
     if kind == "model" and name:
-        model = store.find_model(name)
-        return from_model({"modelId": name, "promoted": model["promoted"], "promotedAt": model["promoted_at"],
+        model = store.find_model(name) or ({"promoted": 0, "promoted_at": None} if store.canaries_of(name, 1) else None)
+        return from_model({"modelId": name, "promoted": bool(model["promoted"]), "promotedAt": model["promoted_at"],
                            "gates": store.gates_of(name)}) if model else None
     job, canary = store.find_job(key), store.find_canary(key)
     return from_job(job) if job else from_canary(canary) if canary else None
@@ -16702,7 +16737,8 @@ def list_operations(store: Store, text: str) -> Iterator[Operation]:
             if named := find_operation(store, key):
                 yield named
         yield from map(from_canary, store.canaries_of(chunk, RECENT))
-    if not OUR_WORDS.isdisjoint(parse_query(text).terms) or any(store.load_audits(one, 1) for one in chunks):
+    if (not OUR_WORDS.isdisjoint(parse_query(text).terms) or not store.recent_job_names(RECENT).isdisjoint(chunks)
+            or any(store.load_audits(one, 1) for one in chunks)):
         yield from map(from_job, store.list_jobs(RECENT))
         yield from map(from_canary, store.list_canaries(RECENT))
         yield from map(from_model, store.list_models(RECENT))
@@ -16711,18 +16747,18 @@ def list_operations(store: Store, text: str) -> Iterator[Operation]:
 def rank_operations(text: str, operations: Iterable[Operation]) -> list[tuple[float, Operation]]:
     """(score, operation) of those that a query means, the best and newest first.
 
-    It means one whose name stands in it as a whole, with at least half of the words fitting; or one
-    that all words fit, if one of them is a word of operations and not of files.
+    It means one whose name stands in it as a whole, if all words fit, or half of them where the name is no
+    plain word like `production`; or one that all words fit, if one of them is a word of operations.
     """
     terms, lower = list(parse_query(text).terms), text[:NAMES_WITHIN].lower()
     is_about_ours = not OUR_WORDS.isdisjoint(terms)
     ranked: dict[str, tuple[float, str, Operation]] = {}
     for one in operations:
-        is_named = any(len(name) > 2 and names_whole(lower, name.lower()) for name in one.names)
-        if is_named or is_about_ours:
+        named = [name for name in one.names if len(name) > 2 and names_whole(lower, name.lower())]
+        if named or is_about_ours:
             share = len(one.words.intersection(terms)) / max(1, len(terms))
-            if share == 1.0 and is_about_ours or share >= 0.5 and is_named:
-                ranked[one.key] = (100.0 + 10.0 * share + 5.0 * is_named, one.modified, one)
+            if share == 1.0 or share >= 0.5 and not all(map(str.isalpha, named)):
+                ranked[one.key] = (100.0 + 10.0 * share + 5.0 * bool(named), one.modified, one)
     return [(score, one) for score, _, one in sorted(ranked.values(), key=lambda row: row[:2], reverse=True)]
 
 
@@ -16759,7 +16795,7 @@ def fetch_operation(services: Services, key: str) -> dict[str, Any]:
 
 def operation_row(services: Services, operation: Operation, score: float) -> dict[str, Any]:
     """What search tells of an operation."""
-    rows = services.store.load_audits(operation.key.removeprefix("model:"), 1000)
+    rows = services.store.load_audits(operation.key.removeprefix("model:"), 1)
     told = from_audit(rows[-1]).facts["details"] if rows else {}
     message = told.get("message") if isinstance(told, dict) else None
     snippet = str(message or operation.facts.get("reason") or operation.title)[:400]
@@ -18988,6 +19024,8 @@ async def resource_audit(services: Services, inquiry: Inquiry) -> dict[str, Any]
 def tell_trail(services: Services, entity_id: str) -> str:
     """The narrative lines of an id. Raises NotFound where nothing is known of it."""
     rows = services.store.load_audits(entity_id)
+    if not rows and re.fullmatch("audit:[0-9]{1,15}", entity_id):
+        rows = list(filter(None, [services.store.find_audit(int(entity_id[6:]))]))
     if not rows:
         raise NotFound(f"No audit narrative found for: {entity_id}")
     return "\n".join(narrative_line(row.ts, row.actor, row.action, row.payload) for row in rows)

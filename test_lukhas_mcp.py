@@ -12326,8 +12326,12 @@ class TestCorpus:
         by_git = set(git(tmp_path / "repo", "ls-files", "-co", "--exclude-standard").splitlines())
         skipped = {"node_modules/x.js", ".venv/lib/y.py"}
         assert walked == by_git - skipped
+        asked = [*TREE, *skipped, "sub/local.txt", "not/there.log", "not/there.txt", "a[1].log", ":(top)x.log", "-n.log", "[a].*"]
+        ignored = {path for path in asked if path not in by_git} - {"not/there.txt", "[a].*", *skipped}
+        assert corpus.find_ignored(asked) == ignored and corpus.find_ignored([]) == set()
         monkeypatch.setenv("PATH", str(tmp_path))
         assert set(corpus.list_paths()) == walked, "a checkout on a machine without git"
+        assert corpus.find_ignored(asked) == ignored | skipped | {"not/there.log", "not/there.txt"}
 
     @pytest.mark.parametrize("commit", [False, True])
     def test_an_empty_repository_and_one_without_a_commit(self, tmp_path, commit):
@@ -12353,7 +12357,8 @@ class TestCorpus:
 
     def test_names_that_no_caller_could_give_are_left_out(self, tmp_path):
         for folder in (tmp_path, make_repository(tmp_path)):
-            for name in (b"bad\xff.txt", b"bad\n.txt", b"bad\\.txt"):
+            (folder / ("bad/" * 70)).mkdir(parents=True)
+            for name in (b"bad\xff.txt", b"bad\n.txt", b"bad\\.txt", b"~bad.txt", b"bad/" * 64 + b"deep.txt"):
                 with open(os.fsencode(folder) + b"/" + name, "wb") as stream:
                     stream.write(b"x")
             assert not any("bad" in path for path in documents(open_corpus(folder)))
@@ -12689,6 +12694,7 @@ class TestIndex:
 
     def test_progress_is_told(self, repo, tmp_path):
         told: list[tuple[int, int]] = []
+        put_files(repo, **{".env": "is not counted"})
         open_index(repo, tmp_path / "state", told)
         assert told[0] == (0, 4)
 
@@ -12777,6 +12783,42 @@ class TestFinder:
                 finder.note_change("new.txt")
                 assert await found_paths(finder, "gnu") == ["docs/guide.md"]
                 assert await found_paths(finder, "okapi") == []
+        run_async(main(), 40)
+
+    def test_an_own_write_that_the_index_takes_up_during_a_search_is_found(self, repo, tmp_path, monkeypatch):
+        path, find = open_index(repo, tmp_path / "state").path, lm.IndexReader.find
+
+        def find_and_refresh(reader, query):
+            found = find(reader, query)
+            writer = lm.IndexWriter(open_corpus(repo), str(tmp_path / "state"), print, lm.SystemClock())
+            assert writer.open() and writer.refresh(["new.txt"]) == 1
+            writer.close()
+            return found
+        monkeypatch.setattr(lm.IndexReader, "find", find_and_refresh)
+
+        async def main():
+            async with open_finder(repo, tmp_path / "state", is_started=False) as finder:
+                finder._take_index(path)
+                put_files(repo, **{"new.txt": "an okapi"})
+                grow_old(repo)
+                finder.note_change("new.txt")
+                assert await found_paths(finder, "okapi") == ["new.txt"]
+        run_async(main())
+
+    def test_an_own_write_to_an_ignored_file_is_not_found(self, repo, tmp_path):
+        put_files(repo, **{".gitignore": "*.log\n", "a.log": "okapi"})
+
+        async def main():
+            async with open_finder(repo, tmp_path / "state") as finder:
+                await until(lambda: finder.state.state == "ready" and finder.process_id)
+                finder.note_change("a.log")
+                assert await found_paths(finder, "okapi") == []
+                put_files(repo, **{"last.txt": "zebra"})
+
+                async def is_swept():
+                    return await found_paths(finder, "zebra") == ["last.txt"]
+                await until(is_swept)
+                assert await found_paths(finder, "okapi") == [], "nor when the indexer has heard of it"
         run_async(main(), 40)
 
     def test_changes_of_others_are_found_within_five_seconds(self, repo, tmp_path):
@@ -13840,12 +13882,14 @@ class TestSearchTools:
         running = server.call("start_canary", modelId="lukhas-v5", **start)["canaryId"]
         job = server.call("run_eval", taskId="probe", configId="nightly", dryRun=True)["jobId"]
         server.call("promote_model", modelId="lukhas-v3", gate="staging")
-        for query, wanted in (("rollback lukhas-v4", aborted), (aborted, aborted), ("lukhas-v5", running), ("running canary", running),
+        for query, wanted in (("rollback lukhas-v4", aborted), (aborted, aborted), ("lukhas-v5", running), ("running canary", running), ("running", running), ("probe", job),
                               (job, job), ("dry run eval probe", job), ("lukhas-v3", "model:lukhas-v3"), ("nightly eval", job)):
             found = server.call("search", query=query)
             assert found["ids"][0] == wanted, (query, found["ids"])
             assert found["results"][0]["title"] and found["results"][0]["url"] and found["hits"][0]["snippet"]
+            assert "result" in server.rpc("resources/read", {"uri": found["results"][0]["url"]})[2]
         assert aborted not in server.call("search", query="guide line two")["ids"]
+        assert job not in server.call("search", query="probe of the guide")["ids"], "a plain word must not stand before the files"
         assert len(server.call("search", query="canary", limit=2)["ids"]) <= 2
         for number in range(lm.RECENT + 1):
             server.call("start_canary", modelId=f"other-{number}", dryRun=True, **start)
@@ -13855,12 +13899,16 @@ class TestSearchTools:
         server = make_server()
         job = server.call("run_eval", taskId="probe", configId="ci", dryRun=True)["jobId"]
         canary = server.call("start_canary", modelId="m1", fromGate="a", toGate="b", policy=CANARY_POLICY)["canaryId"]
-        server.call("promote_model", modelId="m1", gate="a")
+        for gate in "abc":
+            server.call("promote_model", modelId="ns/m1", gate=gate)
+        assert "to c" in server.call("search", query="ns/m1")["hits"][0]["snippet"], "what happened last"
         audit = server.result("why", {"id": job})["structuredContent"]["events"][0]["auditId"]
-        for key, words in ((job, "DRY_RUN"), (canary, "canary_start"), ("model:m1", "promoted"), (f"audit:{audit}", "probe")):
+        for key, words in ((job, "DRY_RUN"), (canary, "canary_start"), ("model:ns/m1", "promoted"),
+                           ("model:m1", "no gate"), (f"audit:{audit}", "probe")):
             document = server.call("fetch", id=key)
             assert document["id"] == key and words in document["text"] and document["title"] and document["url"]
             assert document["mimeType"] == "text/plain" and len(document["metadata"]["sha256"]) == 64
+            assert "result" in server.rpc("resources/read", {"uri": document["url"]})[2], document["url"]
             assert set(server.call("fetch", id=key, fields=["title"])) == {"id", "title"}
         for key in ("job_zzzzzzzz", "model:none", "audit:999999", "audit:x", "nope", "lukhas-arch-001"):
             assert "Unknown id" in server.call_error("fetch", id=key)
