@@ -11467,7 +11467,8 @@ def _stale(hunk: _Hunk, target: _Target, wanted: int) -> Conflict:
     error = _miss(hunk, target, at,
                   f"the nearest place is line {at + 1}, where line {at + differs + 1} should be "
                   f"{_shown_line(expected)} but is {_shown_line(actual)}{_line_end_hint(expected, actual)}")
-    error.data |= {"line": at + differs + 1, "expected": _shown_line(expected), "actual": _shown_line(actual)}
+    error.data |= {"line": at + differs + 1, "expected": _shown_line(expected), "actual": _shown_line(actual),
+                   "untrusted": True}  # the file's text
     return error
 
 
@@ -13278,7 +13279,7 @@ class GitRun:
                             f"({_first_line(said)}); try again, and if no git runs any more, remove that lock "
                             "file", detail=said)
         return Unavailable(f"git {command} failed: {_first_line(said) or f'exit code {done.code}'}",
-                           detail=said)
+                           detail=said, data={"untrusted": True})
 
 
 def _with_c(words: Sequence[str]) -> Iterator[str]:
@@ -13589,7 +13590,7 @@ class CommitHooks:
         done = self._run.run_hook(name, *arguments, index=os.path.join(self._folder, "index"))
         if done.code:
             said = (done.errors + done.output.decode("utf-8", "replace")).strip()
-            raise Conflict(f"the hook {name} refused the commit (exit code {done.code}): {said[-2000:]}")
+            raise Conflict(f"the hook {name} refused the commit (exit code {done.code}): {said[-2000:]}", data={"untrusted": True})
 
     def edit_message(self, text: str) -> str:
         """The message as the hooks want it."""
@@ -16556,7 +16557,7 @@ def to_result(result: dict[str, Any] | ToolResult) -> dict[str, Any]:
     if result.is_untrusted:
         answer["_meta"] = {"untrusted": True}
     if result.fault is not None:
-        answer["_meta"] = {"error": result.fault}
+        answer["_meta"] = {"error": result.fault} | ({"untrusted": True} if result.fault.get("untrusted") else {})
     return answer
 
 

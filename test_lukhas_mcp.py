@@ -10302,7 +10302,7 @@ class TestPatch:
         with pytest.raises(lm.Conflict) as refusal:
             lm.apply_patch(b"x\n" * 9 + PATCHED, GOOD_HUNK.replace("two", "too"), "f")
         assert refusal.value.data == {"hunk": 1, "nearestLine": 10, "line": 12,
-                                      "expected": "'line too\\n'", "actual": "'line two\\n'"}
+                                      "expected": "'line too\\n'", "actual": "'line two\\n'", "untrusted": True}
 
     def test_bytes_that_are_no_line_ends_come_through(self):
         before = b"\xef\xbb\xbfbom\x0c\x0b\xe2\x80\xa8\rx\n\xff\nend"
@@ -14335,6 +14335,9 @@ class TestGitTools:
         assert "docs/guide.md" in text and made["sha256"] in text  # the other agent is told what it is now
         text = server.call_error("apply_patch", path="docs/guide.md", patch=GUIDE_DIFF, expectSha256=made["sha256"])
         assert "hunk 1" in text and "'line two" in text and made["sha256"] in text
+        for expected, is_text in ((made["sha256"], True), (sha256, False)):  # the one refusal quotes the file, the other does not
+            refusal = server.result("apply_patch", {"path": "docs/guide.md", "patch": GUIDE_DIFF, "expectSha256": expected})
+            assert refusal["isError"] and refusal["_meta"].get("untrusted", False) is is_text
         new = server.call("apply_patch", path="n/new.md", patch="@@ -0,0 +1,2 @@\n+one\n+two\n", expectSha256="", allowCreate=True)
         assert new["created"] is True and new["previousSha256"] is None and (server.repo / "n/new.md").read_text() == "one\ntwo\n"
         for arguments, words in (({"path": "../x"}, "../x"), ({"path": "none.md"}, "none.md"), ({"path": ".git/config"}, "Git's"),
