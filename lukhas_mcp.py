@@ -221,7 +221,7 @@ __version__ = "2.0.0"
 
 __all__ = [
     # Ground
-    "Clock", "SystemClock", "sync_file", "sync_folder_of", "new_id", "new_secret", "utc_text", "parse_utc", "to_json", "to_text", "parse_json",
+    "Clock", "SystemClock", "sync_file", "sync_path", "sync_folder_of", "new_id", "new_secret", "utc_text", "parse_utc", "to_json", "to_text", "parse_json",
     # Errors
     "LukhasError", "ConfigError", "HttpError", "AccessError", "RpcError", "ToolError", "UpstreamError",
     # Vocabulary
@@ -247,9 +247,9 @@ __all__ = [
     # Tables
     "SCHEMA_VERSION", "open_database",
     # Store
-    "Reads", "Transaction", "verify_file", "try_write", "Store",
+    "Reads", "Transaction", "try_write", "Store",
     # Checkpoints
-    "CheckpointFile", "Growth", "LogReport", "measure_growth", "verify_log",
+    "CheckpointFile", "Growth", "LogReport", "measure_growth", "verify_file", "verify_log",
     # Evidence
     "Span", "EvidenceSummary", "parse_span", "write_evidence", "make_evidence_file", "read_evidence", "csv_cell",
     # Custody
@@ -303,7 +303,7 @@ __all__ = [
     # Patch
     "PatchResult", "apply_patch",
     # Paths
-    "Root", "is_secret_path", "open_subfolder", "open_regular", "hold_folders", "take_name", "read_open_file", "read_part", "check_hashable", "remove_abandoned", "Budget", "sweep_folder", "explain_os_error", "file_errors",
+    "Root", "is_secret_path", "open_subfolder", "open_regular", "hold_folders", "take_name", "write_all", "take_mode", "read_open_file", "read_part", "check_hashable", "remove_abandoned", "Budget", "sweep_folder", "explain_os_error", "file_errors",
     # Contents
     "encode_contents", "apply_template", "encode_path_id", "decode_path_id", "PIECE_BYTES", "Lines", "Outline", "outline_text", "Outlines", "text_document", "cut_document",
     # Repository
@@ -430,13 +430,18 @@ def sync_file(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
+def sync_path(path: str) -> None:
+    """fsync of a file or folder that others may have open."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        sync_file(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder_of(path: str) -> None:
     """Let the name of a new or renamed file outlive a power cut."""
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    try:
-        sync_file(folder)
-    finally:
-        os.close(folder)
+    sync_path(os.path.dirname(os.path.abspath(path)))
 
 
 def new_secret() -> str:
@@ -3254,6 +3259,24 @@ class KeptReads(LedgerReads):
         row = self._one(f"SELECT {_AUDIT} FROM audits a WHERE a.id=?", audit_id)
         return AuditRow(*row) if row else None
 
+    def load_audits(self, entity_id: str, limit: int = 10_000) -> list[AuditRow]:
+        """The newest audit rows that concern an id, oldest first; with the original's narrative lines among them."""
+        rows = [AuditRow(*row) for row in self._all(
+            "SELECT a.id, a.ts, coalesce(a.actor,'system'), a.action, coalesce(a.payload_json,'{}'), a.hash "
+            "FROM audit_links l JOIN audits a ON a.id=l.audit_id WHERE l.entity_id=? ORDER BY l.audit_id DESC LIMIT ?",
+            entity_id, limit)][::-1]
+        told = [AuditRow(0, row[0], row[1] or "system", row[2], to_text({"message": row[3], "entityId": entity_id}))
+                for row in self._all("SELECT created_at, operator, event_type, message FROM audits_narrative "
+                                     "WHERE entity_id=? AND context IS NULL ORDER BY id DESC LIMIT ?", entity_id,
+                                     limit)[::-1]]
+        return sorted(rows + told, key=lambda row: audit_time_s(row.ts))[-limit:] if told else rows
+
+    def iterate_audits(self) -> Iterator[AuditRow]:
+        """Every audit row in id order, for verifying."""
+        cursor = self._connection.execute("SELECT id, ts, coalesce(actor,''), action, coalesce(payload_json,''), hash "
+                                          "FROM audits ORDER BY id")
+        return (AuditRow(*row) for row in cursor)
+
     def linked_audits(self, entity_id: str, after_id: int = 0, *, action: str = "", limit: int = 1000) -> list[AuditRow]:
         """The audit rows behind one that concern an id, of one action or of all, oldest first."""
         return [AuditRow(*row) for row in self._all(
@@ -3762,24 +3785,6 @@ class Reads(KeptReads):
                         "AND a.action IN ('canary_promote','canary_rollback') ORDER BY a.id LIMIT 1", canary_id)
         return _load(row[0]) if row else None
 
-    def load_audits(self, entity_id: str, limit: int = 10_000) -> list[AuditRow]:
-        """The newest audit rows that concern an id, oldest first; with the original's narrative lines among them."""
-        rows = [AuditRow(*row) for row in self._all(
-            "SELECT a.id, a.ts, coalesce(a.actor,'system'), a.action, coalesce(a.payload_json,'{}'), a.hash "
-            "FROM audit_links l JOIN audits a ON a.id=l.audit_id WHERE l.entity_id=? ORDER BY l.audit_id DESC LIMIT ?",
-            entity_id, limit)][::-1]
-        told = [AuditRow(0, row[0], row[1] or "system", row[2], to_text({"message": row[3], "entityId": entity_id}))
-                for row in self._all("SELECT created_at, operator, event_type, message FROM audits_narrative "
-                                     "WHERE entity_id=? AND context IS NULL ORDER BY id DESC LIMIT ?", entity_id,
-                                     limit)[::-1]]
-        return sorted(rows + told, key=lambda row: audit_time_s(row.ts))[-limit:] if told else rows
-
-    def iterate_audits(self) -> Iterator[AuditRow]:
-        """Every audit row in id order, for verifying."""
-        cursor = self._connection.execute("SELECT id, ts, coalesce(actor,''), action, coalesce(payload_json,''), hash "
-                                          "FROM audits ORDER BY id")
-        return (AuditRow(*row) for row in cursor)
-
     def list_intents(self) -> list[tuple[int, dict[str, Any]]]:
         """File changes that were begun and not concluded: (audit id, change)."""
         return [(row[0], json.loads(row[1])) for row in self._all("SELECT audit_id, change_json FROM file_intents")]
@@ -3938,26 +3943,14 @@ class Transaction(Reads, KeptWrites, LedgerWrites):
         return event
 
 
-def verify_file(path: str) -> str | None:
-    """The first fault of a database's audit chain, or None; the file is only read. Raises ConfigError."""
-    connection = connect_readonly(path)
-    try:
-        if all(row[1] != "hash" for row in connection.execute("PRAGMA table_info(audits)")):
-            raise ConfigError(f"{path!r} holds no chained audit rows: the original server or another program wrote it")
-        return find_chain_fault(Reads(connection).iterate_audits())
-    except sqlite3.Error as error:
-        raise ConfigError(f"{path!r} can't be read: {error}") from None
-    finally:
-        connection.close()
-
-
 @dataclass(slots=True)
 class _Work:
     run: Callable[[Transaction], Any]
-    future: asyncio.Future[Any]
+    future: asyncio.Future[Any] | concurrent.futures.Future[Any]
     outcome: Any = None
     error: BaseException | None = None
     events: list[Event] = field(default_factory=list)
+    is_derived: bool = False
 
 
 class Store(Reads):
@@ -3973,6 +3966,9 @@ class Store(Reads):
         self._fault = ""
         self.commits = 0
         self._clock = clock
+        self._sync = sync
+        self._may_lag = sync == "full" and journal == "wal"
+        self._is_behind = False  # the log's end is not on the disk yet
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._writing = open_database(path, clock, sync=sync, journal=journal)
         self._writing.set_authorizer(_guard_audits)
@@ -3980,6 +3976,7 @@ class Store(Reads):
         self._files = identify_files(path)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
+        self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._write_groups, name="store", daemon=True)
 
     @property
@@ -4003,12 +4000,24 @@ class Store(Reads):
         What `work` raises undoes its own changes only and is raised here; Unavailable when the
         database can't commit.
         """
-        future = self._loop.create_future()
-        if self._is_closed:
-            future.set_exception(Unavailable("the database is closed, since the server stops; nothing was changed"))
-        else:
-            self._queue.put(_Work(work, future))
-        return future
+        return self._submit(_Work(work, self._loop.create_future()))
+
+    def write_aside(self, work: Callable[[Transaction], Result],
+                    is_derived: bool = False) -> concurrent.futures.Future[Result]:
+        """The same for a thread beside the loop's, which goes on with something else meanwhile.
+
+        With `is_derived` the next start could find it out again, from what is on the disk already: then nobody
+        waits for the disk, which has it right after the answer.
+        """
+        return self._submit(_Work(work, concurrent.futures.Future(), is_derived=is_derived))
+
+    def _submit(self, work: _Work) -> Any:
+        with self._closing:  # what is put into the queue is before its end
+            if self._is_closed:
+                work.future.set_exception(Unavailable("the database is closed, since the server stops; nothing was changed"))
+            else:
+                self._queue.put(work)
+        return work.future
 
     def write_soon(self, work: Callable[[Transaction], Any]) -> None:
         """The same without waiting; a failure is logged."""
@@ -4016,7 +4025,8 @@ class Store(Reads):
 
     async def stop(self) -> None:
         """Write what is queued, checkpoint and close."""
-        self._is_closed = True
+        with self._closing:
+            self._is_closed = True
         if self._thread.is_alive():
             self._queue.put(None)
             await asyncio.to_thread(self._thread.join)
@@ -4034,6 +4044,11 @@ class Store(Reads):
             if works:
                 self._write_group(works)
                 self._loop.call_soon_threadsafe(self._finish, works)
+                for work in works:  # whose threads answer through the loop, thus after the news too
+                    if isinstance(work.future, concurrent.futures.Future):
+                        _hand_over(work)
+                if self._is_behind:
+                    self._catch_up()
 
     def _write_group(self, works: list[_Work]) -> None:
         """One transaction for all; each work in its own savepoint."""
@@ -4041,6 +4056,10 @@ class Store(Reads):
         try:
             if loss := self._find_loss():
                 raise sqlite3.OperationalError(loss)
+            is_derived = self._may_lag and all(work.is_derived for work in works)
+            if is_derived != self._is_behind:
+                execute(f"PRAGMA synchronous={'normal' if is_derived else self._sync}")
+                self._is_behind = is_derived
             execute("BEGIN IMMEDIATE")
             for work in works:
                 self._run_work(work)
@@ -4056,6 +4075,13 @@ class Store(Reads):
                 execute("ROLLBACK")
             for work in works:
                 work.error = work.error or Unavailable(f"{self._fault}; nothing was changed")
+
+    def _catch_up(self) -> None:
+        """Bring to the disk what nobody had to wait for; the next COMMIT of another kind does it too."""
+        try:
+            sync_path(self.path + "-wal")
+        except OSError as error:
+            log.error("the database's log can't be brought to the disk: %s", error)
 
     def _run_work(self, work: _Work) -> None:
         transaction = Transaction(self._writing, self._clock)
@@ -4078,14 +4104,17 @@ class Store(Reads):
     def _finish(self, works: list[_Work]) -> None:
         events = [event for work in works if work.error is None for event in work.events]
         for work in works:  # who awaits a future goes on only after this call, thus after the news
-            if work.future.done():
-                continue  # the caller was cancelled; what it asked for is committed all the same
-            if work.error is not None:
-                work.future.set_exception(work.error)
-            else:
-                work.future.set_result(work.outcome)
+            if isinstance(work.future, asyncio.Future) and not work.future.done():
+                _hand_over(work)  # else the caller was cancelled; what it asked for is committed all the same
         if events:
             self.publish(events)
+
+
+def _hand_over(work: _Work) -> None:
+    if work.error is not None:
+        work.future.set_exception(work.error)
+    else:
+        work.future.set_result(work.outcome)
 
 
 def _guard_audits(action: int, table: str | None, *_: Any) -> int:
@@ -4241,6 +4270,19 @@ class LogReport:
     last_hash: str
     notes: tuple[str, ...]
     reach: int = 0
+
+
+def verify_file(path: str) -> str | None:
+    """The first fault of a database's audit chain, or None; the file is only read. Raises ConfigError."""
+    connection = connect_readonly(path)
+    try:
+        if all(row[1] != "hash" for row in connection.execute("PRAGMA table_info(audits)")):
+            raise ConfigError(f"{path!r} holds no chained audit rows: the original server or another program wrote it")
+        return find_chain_fault(Reads(connection).iterate_audits())
+    except sqlite3.Error as error:
+        raise ConfigError(f"{path!r} can't be read: {error}") from None
+    finally:
+        connection.close()
 
 
 def verify_log(path: str, kept: Collection[Checkpoint] = ()) -> LogReport:
@@ -11161,7 +11203,7 @@ def apply_patch(original: bytes | None, patch: bytes | str, path: str, *,
     if len(before) > _MAX_PATCHED_BYTES:
         raise Conflict(f"{path} is over {_MAX_PATCHED_BYTES} bytes")
     target = _Target(path, _split_lines(before))
-    _adopt_line_ends(diff, target)
+    _adopt_line_ends(diff, before, path)
     new = _put_hunks(diff, target)
     return PatchResult(new, sum(hunk.added for hunk in diff.hunks), sum(hunk.removed for hunk in diff.hunks),
                        len(diff.hunks), tuple(diff.notes))
@@ -11375,12 +11417,12 @@ def _refuse_counts(hunk: _Hunk, body: list[bytes], old_count: int, new_count: in
 # -- placing ------------------------------------------------------------------
 
 
-def _adopt_line_ends(diff: _Diff, target: _Target) -> None:
+def _adopt_line_ends(diff: _Diff, before: bytes, path: str) -> None:
     """A diff in LF for a file all in CRLF is taken to mean CRLF: agents send no other, and git refuses it."""
-    ended = [line for line in target.lines if line.endswith(b"\n")]
-    if not ended or not all(line.endswith(b"\r\n") for line in ended):
-        if ended and diff.is_crlf:
-            raise Conflict(f"The patch came with CRLF line ends, {target.path} has others: send it with those of the file")
+    ends = before.count(b"\n")
+    if not ends or ends != before.count(b"\r\n"):
+        if ends and diff.is_crlf:
+            raise Conflict(f"The patch came with CRLF line ends, {path} has others: send it with those of the file")
         return
     sides = [side for hunk in diff.hunks for side in (hunk.old, hunk.new)]
     if any(line.endswith((b"\r\n", b"\r")) for side in sides for line in side):
@@ -11835,6 +11877,22 @@ def take_name(folder: int, name: str, new_name: str, new_folder: int | None = No
         os.replace(name, new_name, src_dir_fd=folder, dst_dir_fd=new_folder)
 
 
+def write_all(descriptor: int, contents: bytes) -> None:
+    """All of it, however little one write takes."""
+    rest = memoryview(contents)
+    while rest:
+        rest = rest[os.write(descriptor, rest):]
+
+
+def take_mode(descriptor: int, status: os.stat_result) -> None:
+    """Owner and mode of the file that will be gone; set-user-id is lost, as it is by any write."""
+    own = os.fstat(descriptor)
+    if (own.st_uid, own.st_gid) != (status.st_uid, status.st_gid):
+        with contextlib.suppress(PermissionError):
+            os.fchown(descriptor, status.st_uid, status.st_gid)
+    os.fchmod(descriptor, status.st_mode & 0o777)
+
+
 def read_open_file(descriptor: int, limit_bytes: int) -> bytes:
     """At most that many bytes from the start of an open file."""
     with open(descriptor, "rb", buffering=0, closefd=False) as file:
@@ -12209,8 +12267,14 @@ class Change:
     target_sha256: str | None = None
     contents: bytes = field(default=b"", repr=False)
     before: bytes | None = field(default=None, repr=False)
+    patch: PatchResult | None = field(default=None, repr=False)  # what a diff does to it
     made: str = ""
     left: str = ""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files that are concerned."""
+        return (self.rel, self.target) if self.target else (self.rel,)
 
     def to_details(self) -> dict[str, Any]:
         """What the audit keeps of an intent, and `decide` wants back."""
@@ -12338,7 +12402,7 @@ class Repository:
         return self._replacement("append", rel, current, before + (glue if is_glued else b"") + contents)
 
     def prepare_patch(self, path: str, patch: bytes | str, *, expect_sha256: str | None = None,
-                      allow_create: bool = False) -> tuple[Change, PatchResult]:
+                      allow_create: bool = False) -> Change:
         """The file as a unified diff leaves it; a refusal tells the sha256 the file has now."""
         rel, current = self._look_at(path)
         if current is None and not allow_create:
@@ -12351,7 +12415,8 @@ class Repository:
             now = current.sha256 if current else None
             details = error.data | {"sha256": now}
             raise Conflict(f"{error.message} (current sha256: {now})", data=details) from None
-        return self._replacement("create" if current is None else "overwrite", rel, current, result.new), result
+        change = self._replacement("create" if current is None else "overwrite", rel, current, result.new)
+        return dataclasses.replace(change, patch=result)
 
     def prepare_rename(self, source: str, target: str, *, overwrite: bool = False,
                        expect_sha256: str | None = None, left: str = "") -> Change:
@@ -12379,16 +12444,18 @@ class Repository:
         _check_expected(rel, current, expect_sha256)
         return Change("delete", rel, current.sha256, None, 0, before=current.contents, left=left)
 
-    def commit(self, change: Change) -> Written:
-        """Make a prepared change if the file is still what it was then; else Conflict, and nothing changes."""
+    def commit(self, change: Change, permit: Callable[[], Any] = lambda: None) -> Written:
+        """Make a prepared change if the file is still what it was then; else Conflict, and nothing changes.
+
+        `permit` is called before anyone can see the change: it waits for the intent, or raises what forbids it.
+        """
         deed = {"rename": self._rename, "delete": self._delete}.get(change.kind, self._put)
         with contextlib.ExitStack() as stack:
-            paths = [change.rel, change.target] if change.target else [change.rel]
-            for number in sorted({hash(path.casefold()) % _LOCKS for path in paths}):
+            for number in sorted({hash(path.casefold()) % _LOCKS for path in change.paths}):
                 stack.enter_context(self._locks[number])
             stack.enter_context(file_errors(change.rel))
             try:
-                written = deed(change)
+                written = deed(change, permit)
             except (OSError, ToolError):
                 self.root.remove_empty_folders(change.target or change.rel, change.made)
                 raise
@@ -12483,10 +12550,11 @@ class Repository:
                         found += [(entry.name, kind)] + [(entry.name + "/", "")] * is_dir
         return sorted(found)
 
-    def _put(self, change: Change) -> Written:
+    def _put(self, change: Change, permit: Callable[[], Any]) -> Written:
         with self.root.open_parent(change.rel, create=change.old_sha256 is None) as (folder, name):
             current = _expect(folder, name, change.rel, change.old_sha256)
             with _temporary_file(folder, change.contents, current) as (temporary, status):
+                permit()
                 if current is None:
                     take_name(folder, temporary, name)
                 else:
@@ -12496,10 +12564,11 @@ class Repository:
             sync_file(folder)
         return _written(change.rel, change, status, current)
 
-    def _rename(self, change: Change) -> Written:
+    def _rename(self, change: Change, permit: Callable[[], Any]) -> Written:
         with self.root.open_parent(change.rel) as (folder, name):
             with file_errors(change.target), self.root.open_parent(change.target, create=True) as there:
                 new_folder, new_name = there
+                permit()
                 hold_folders(folder, new_folder)
                 current = _expect(folder, name, change.rel, change.old_sha256)
                 replaced = _expect(new_folder, new_name, change.target, change.target_sha256)
@@ -12515,8 +12584,9 @@ class Repository:
             sync_file(folder)
         return _written(change.target, change, current.status, current)
 
-    def _delete(self, change: Change) -> Written:
+    def _delete(self, change: Change, permit: Callable[[], Any]) -> Written:
         with self.root.open_parent(change.rel) as (folder, name):
+            permit()
             hold_folders(folder)
             current = _expect(folder, name, change.rel, change.old_sha256)
             os.unlink(name, dir_fd=folder)
@@ -12616,30 +12686,15 @@ def _temporary_file(folder: int, contents: bytes,
     try:
         with contextlib.suppress(OSError):  # without locks a sweep at the wrong moment fails the write
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        _write_all(descriptor, contents)
+        write_all(descriptor, contents)
         if like is not None:
-            _take_mode(descriptor, like.status)
+            take_mode(descriptor, like.status)
         sync_file(descriptor)
         yield name, os.fstat(descriptor)
     finally:
         with contextlib.suppress(OSError):
             os.unlink(name, dir_fd=folder)
         os.close(descriptor)
-
-
-def _write_all(descriptor: int, contents: bytes) -> None:
-    rest = memoryview(contents)
-    while rest:
-        rest = rest[os.write(descriptor, rest):]
-
-
-def _take_mode(descriptor: int, status: os.stat_result) -> None:
-    """Owner and mode of the file that will be gone; set-user-id is lost, as it is by any write."""
-    own = os.fstat(descriptor)
-    if (own.st_uid, own.st_gid) != (status.st_uid, status.st_gid):
-        with contextlib.suppress(PermissionError):
-            os.fchown(descriptor, status.st_uid, status.st_gid)
-    os.fchmod(descriptor, status.st_mode & 0o777)
 
 
 def _written(rel: str, change: Change, status: os.stat_result, current: _Current | None) -> Written:
@@ -17050,32 +17105,45 @@ def in_thread(work: Callable[..., Result], *values: Any, **named: Any) -> Awaita
     return asyncio.to_thread(work, *values, **named)
 
 
-async def change_file(services: Services, call: Call, change: Change, undoes: int = 0) -> Written:
-    """Make a prepared change with its intent and its outcome on record, and keep what it replaces.
+async def change_file(services: Services, call: Call, prepare: Callable[[], Change],
+                      undoes: int = 0) -> tuple[Change, Written]:
+    """Prepare and make a change with its intent and its outcome on record, and keep what it replaces.
 
-    `undoes` is the audit id of the change that this one takes back.
+    All in one thread, since each step back to the loop takes as long as the step. `undoes` is the audit id
+    of the change that this one takes back.
     """
-    ids = (change.rel, *([change.target] if change.target else []), *([f"audit:{undoes}"] if undoes else []))
-    details = change.to_details() | ({"undoes": undoes} if undoes else {})
+    note = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, services.finder.note_change)
 
-    def begin(tx: Transaction) -> int:
-        message = f"{call.actor.name} is about to {change.kind} {' to '.join(filter(None, (change.rel, change.target)))}"
-        audit_id = tx.record(call.record(ids, message, {**details, "phase": "intent"}, "file"))
-        tx.open_intent(audit_id, details)
-        if change.before is not None:
-            tx.keep_content(change.target_sha256 or change.old_sha256, change.before)
-        return audit_id
-    audit_id = await services.store.write(begin)
-    try:
-        written = await in_thread(services.repository.commit, change)
-    except ToolError as error:
-        word = error.word
-        await services.store.write(lambda tx: end_intent(tx, call.actor, audit_id, details, "refused", word))
-        raise
-    services.finder.note_change(change.rel, *([change.target] if change.target else []))
-    await services.store.write(lambda tx: end_intent(tx, call.actor, audit_id, details, "done", None))
-    call.audit_id = audit_id
-    return written
+    def make() -> tuple[Change, Written]:
+        change = prepare()
+        details = change.to_details() | ({"undoes": undoes} if undoes else {})
+        begun = services.store.write_aside(lambda tx: begin_intent(tx, call, change, details))
+
+        def end(outcome: str, reason: str | None = None) -> int:
+            audit_id = begun.result()
+            services.store.write_aside(lambda tx: end_intent(tx, call.actor, audit_id, details, outcome, reason),
+                                       is_derived=True).result()
+            return audit_id
+        try:
+            written = services.repository.commit(change, begun.result)
+        except ToolError as error:
+            end("refused", error.word)
+            raise
+        note(*change.paths)
+        call.audit_id = end("done")
+        return change, written
+    return await in_thread(make)
+
+
+def begin_intent(tx: Transaction, call: Call, change: Change, details: dict[str, Any]) -> int:
+    """Record that a change is about to be made, and keep the bytes that it replaces; tells the audit id."""
+    message = f"{call.actor.name} is about to {change.kind} {' to '.join(change.paths)}"
+    ids = (*change.paths, *([f"audit:{details['undoes']}"] if "undoes" in details else []))
+    audit_id = tx.record(call.record(ids, message, {**details, "phase": "intent"}, "file"))
+    tx.open_intent(audit_id, details)
+    if change.before is not None:
+        tx.keep_content(change.target_sha256 or change.old_sha256, change.before)
+    return audit_id
 
 
 def end_intent(tx: Transaction, actor: Actor, audit_id: int, details: Mapping[str, Any], outcome: str,
@@ -17152,9 +17220,9 @@ async def tool_find_files(services: Services, call: Call) -> dict[str, Any]:
 
 async def put_file(services: Services, call: Call, path: str, contents: bytes, mode: str) -> Written:
     """Write a whole file; `mode` as in Repository.prepare_write."""
-    change = await in_thread(services.repository.prepare_write, path, contents, mode=mode,
-                             expect_sha256=call.get("expectSha256"))
-    return await change_file(services, call, change)
+    prepare = functools.partial(services.repository.prepare_write, path, contents, mode=mode,
+                                expect_sha256=call.get("expectSha256"))
+    return (await change_file(services, call, prepare))[1]
 
 
 @tool("write_file", title="Write a file", hints=OVERWRITES, role="operator", level="changes",
@@ -17204,10 +17272,10 @@ async def tool_append_file(services: Services, call: Call) -> dict[str, Any]:
     encoding = call.get("encoding")
     contents = encode_contents(call.get("contents"), encoding)
     is_text = encoding.lower() not in ("base64", "base64url", "hex")
-    change = await in_thread(services.repository.prepare_append, call.get("path"), contents,
-                             ensure_newline=call.get("ensureNewline"),
-                             newline=encode_contents("\n", encoding) if is_text else b"\n", expect_sha256=call.get("expectSha256"))
-    written = await change_file(services, call, change)
+    prepare = functools.partial(services.repository.prepare_append, call.get("path"), contents,
+                                ensure_newline=call.get("ensureNewline"), expect_sha256=call.get("expectSha256"),
+                                newline=encode_contents("\n", encoding) if is_text else b"\n")
+    _, written = await change_file(services, call, prepare)
     return {"path": written.rel, "sha256": written.sha256, "size": written.size, "appended": len(contents)}
 
 
@@ -17219,9 +17287,9 @@ async def tool_append_file(services: Services, call: Call) -> dict[str, Any]:
       examples=({"from": "notes/a.txt", "to": "notes/c.txt"},))
 async def tool_rename_file(services: Services, call: Call) -> dict[str, Any]:
     """Give a file another name or folder."""
-    change = await in_thread(services.repository.prepare_rename, call.get("from"), call.get("to"),
-                             overwrite=call.get("overwrite"), expect_sha256=call.get("expectSha256"))
-    written = await change_file(services, call, change)
+    prepare = functools.partial(services.repository.prepare_rename, call.get("from"), call.get("to"),
+                                overwrite=call.get("overwrite"), expect_sha256=call.get("expectSha256"))
+    change, written = await change_file(services, call, prepare)
     return {"from": change.rel, "to": written.rel, "size": written.size, "moved": True, "sha256": written.sha256}
 
 
@@ -17232,8 +17300,8 @@ async def tool_rename_file(services: Services, call: Call) -> dict[str, Any]:
       examples=({"path": "notes/c.txt", "expectSha256": "0" * 64},))
 async def tool_delete_file(services: Services, call: Call) -> dict[str, Any]:
     """Delete a file whose sha256 you know."""
-    change = await in_thread(services.repository.prepare_delete, call.get("path"), call.get("expectSha256"))
-    written = await change_file(services, call, change)
+    prepare = functools.partial(services.repository.prepare_delete, call.get("path"), call.get("expectSha256"))
+    _, written = await change_file(services, call, prepare)
     return {"path": written.rel, "deleted": True, "previousSha256": written.previous_sha256}
 
 
@@ -17322,11 +17390,10 @@ async def tool_apply_patch(services: Services, call: Call) -> dict[str, Any]:
 
     A refusal says which hunk, where it would nearly fit, what stands there, and the file's sha256.
     """
-    change, result = await in_thread(services.repository.prepare_patch, call.get("path"), call.get("patch"),
-                                     expect_sha256=call.get("expectSha256"),
-                                     allow_create=call.get("allowCreate"))
-    if not call.get("dryRun"):
-        await change_file(services, call, change)
+    prepare = functools.partial(services.repository.prepare_patch, call.get("path"), call.get("patch"),
+                                expect_sha256=call.get("expectSha256"), allow_create=call.get("allowCreate"))
+    change = await in_thread(prepare) if call.get("dryRun") else (await change_file(services, call, prepare))[0]
+    result = change.patch
     return {"path": change.rel, "bytesWritten": 0 if call.get("dryRun") else change.size,
             "previousSha256": change.old_sha256, "sha256": change.new_sha256,
             "created": change.old_sha256 is None,
@@ -18222,7 +18289,7 @@ def find_parts(effects: Effects, one: Undoable) -> list[Undoable]:
 
 async def _take_file_back(services: Services, call: Call, one: Undoable) -> None:
     for prepare in plan_file_undo(services, one.details):
-        await change_file(services, call, await in_thread(prepare), undoes=one.audit_id)
+        await change_file(services, call, prepare, undoes=one.audit_id)
 
 
 def plan_file_undo(services: Services, details: dict[str, Any]) -> list[Callable[[], Change]]:

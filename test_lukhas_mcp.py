@@ -389,10 +389,10 @@ class FakeSampler:
 
 
 @contextlib.asynccontextmanager
-async def open_store(folder: pathlib.Path, clock: Any = None):
+async def open_store(folder: pathlib.Path, clock: Any = None, **settings: Any):
     """A started Store on a file in `folder`; what it tells is in its list `told`."""
     told: list[lm.Event] = []
-    store = lm.Store(str(folder / "state.db"), clock or lm.SystemClock(), publish=told.extend)
+    store = lm.Store(str(folder / "state.db"), clock or lm.SystemClock(), publish=told.extend, **settings)
     store.told = told
     store.start()
     try:
@@ -3396,6 +3396,39 @@ class TestStore:
                                              "FROM canary_metrics")
                 assert rows[0] == (canary.canary_id, "2025-01-01 00:00:10", 100.5, 0.01, "prod", "prometheus")
         run_async(story())
+
+    def test_a_thread_writes_beside_the_loop(self, tmp_path):
+        def sync_of(tx):
+            tx.publish("job", "j", "tried", {})
+            return tx._connection.execute("PRAGMA synchronous").fetchone()[0]
+
+        async def story():
+            async with open_store(tmp_path) as store:
+                def aside():
+                    derived = [store.write_aside(sync_of, is_derived=True).result() for _ in range(2)]
+                    with pytest.raises(lm.Conflict):
+                        store.write_aside(refuse).result()
+                    return [*derived, store.write_aside(sync_of).result()]
+
+                def refuse(tx):
+                    raise lm.Conflict("no")
+                assert await asyncio.to_thread(aside) == [1, 1, 2], "1: the COMMIT does not wait for the disk"
+                assert len(store.told) == 3, "the news came before the answer"
+                assert await store.write(sync_of) == 2
+            with pytest.raises(lm.Unavailable, match="closed"):
+                store.write_aside(sync_of).result()
+        run_async(story())
+
+    @pytest.mark.parametrize("settings", [{"sync": "normal"}, {"journal": "delete"}, {"sync": "full"}])
+    def test_what_is_derived_is_synced_behind_the_answer(self, tmp_path, settings, monkeypatch):
+        synced = []
+        monkeypatch.setattr(lm, "sync_path", synced.append)
+
+        async def story():
+            async with open_store(tmp_path, **settings) as store:
+                await asyncio.to_thread(lambda: store.write_aside(lambda tx: tx.publish("job", "j", "x", {}), True).result())
+        run_async(story())
+        assert synced == [str(tmp_path / "state.db-wal")] * (settings == {"sync": "full"})
 
     def test_promotions(self, tmp_path):
         async def story():
@@ -10989,14 +11022,27 @@ class TestRepository:
         with pytest.raises(lm.NotFound):
             files.prepare_delete("README.md", now)
 
+    @pytest.mark.parametrize("prepare", [
+        lambda files, now: files.prepare_write("README.md", b"new"), lambda files, now: files.prepare_write("new.md", b"new"),
+        lambda files, now: files.prepare_rename("README.md", "other.md"), lambda files, now: files.prepare_delete("README.md", now)])
+    def test_nothing_is_seen_of_a_change_without_its_permit(self, files, place, prepare):
+        before = tree_of(place)
+        change = prepare(files, sha((place / "README.md").read_bytes()))
+
+        def refuse():
+            raise lm.Unavailable("the database can't commit")
+        with pytest.raises(lm.Unavailable):
+            files.commit(change, refuse)
+        assert tree_of(place) == before
+
     def test_a_patch_is_prepared_and_a_refusal_tells_the_sha(self, files, place):
         now = sha((place / "docs/guide.md").read_bytes())
-        change, result = files.prepare_patch("docs/guide.md", GOOD_HUNK, expect_sha256=now)
-        assert (result.added, change.old_sha256) == (1, now)
+        change = files.prepare_patch("docs/guide.md", GOOD_HUNK, expect_sha256=now)
+        assert (change.patch.added, change.old_sha256) == (1, now)
         assert files.commit(change).sha256 == sha(b"# guide\n\nline 2\nline three\n")
         with pytest.raises(lm.Conflict, match="current sha256: [0-9a-f]{64}"):
             files.prepare_patch("docs/guide.md", GOOD_HUNK)
-        created, _ = files.prepare_patch("docs/created.md", "@@ -0,0 +1 @@\n+one\n", expect_sha256="", allow_create=True)
+        created = files.prepare_patch("docs/created.md", "@@ -0,0 +1 @@\n+one\n", expect_sha256="", allow_create=True)
         assert files.commit(created).created
         with pytest.raises(lm.NotFound, match="allowCreate=false"):
             files.prepare_patch("docs/none.md", GOOD_HUNK, expect_sha256="x")
@@ -24071,8 +24117,8 @@ def arm(step: int) -> None:
         answer = hand_in(store, work)
         answer.add_done_callback(lambda _: pass_step())
         return answer
-    hand_in = lm.Store.write
-    lm.Store.write = write
+    hand_in = lm.Store._submit
+    lm.Store._submit = write
     for name in COUNTED:
         setattr(os, name, counted(getattr(os, name)))
     subprocess.Popen.__init__ = counted(subprocess.Popen.__init__)
