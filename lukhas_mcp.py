@@ -3259,6 +3259,12 @@ class KeptReads(LedgerReads):
         row = self._one(f"SELECT {_AUDIT} FROM audits a WHERE a.id=?", audit_id)
         return AuditRow(*row) if row else None
 
+    def find_decision(self, canary_id: str) -> dict[str, Any] | None:
+        """What the audit says of the end of a canary that its rule decided, with the numbers."""
+        row = self._one("SELECT a.payload_json FROM audit_links l JOIN audits a ON a.id=l.audit_id WHERE l.entity_id=? "
+                        "AND a.action IN ('canary_promote','canary_rollback') ORDER BY a.id LIMIT 1", canary_id)
+        return json.loads(row[0]) if row and row[0] else None
+
     def load_audits(self, entity_id: str, limit: int = 10_000) -> list[AuditRow]:
         """The newest audit rows that concern an id, oldest first; with the original's narrative lines among them."""
         rows = [AuditRow(*row) for row in self._all(
@@ -3778,12 +3784,6 @@ class Reads(KeptReads):
             tick = _to_sample(row, canary_id, 0).tick or self.count_samples(canary_id, row_id + 1)
             low, high = (row_id + 1, high) if tick <= after_tick else (low, middle - 1)
         return low
-
-    def find_decision(self, canary_id: str) -> dict[str, Any] | None:
-        """What the audit says of the end of a canary that its rule decided, with the numbers."""
-        row = self._one("SELECT a.payload_json FROM audit_links l JOIN audits a ON a.id=l.audit_id WHERE l.entity_id=? "
-                        "AND a.action IN ('canary_promote','canary_rollback') ORDER BY a.id LIMIT 1", canary_id)
-        return _load(row[0]) if row else None
 
     def list_intents(self) -> list[tuple[int, dict[str, Any]]]:
         """File changes that were begun and not concluded: (audit id, change)."""
