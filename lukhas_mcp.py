@@ -14461,6 +14461,7 @@ def _is_git_ignored(path: str, is_folder: bool, rules: tuple[_IgnoreRule, ...]) 
 
 
 _READING_S = 3.0
+_MAX_COUNTED_BYTES = 8 * 2**20  # of one file; a longer one makes a count incomplete
 _FRESH_S = 10.0
 _MAX_EVIDENCE = 50
 _MAX_LINE = 160
@@ -14644,10 +14645,10 @@ class Survey:
         for path, changed_ns, size in wanted:
             former = self._known.get(path)
             if former is None or former[:2] != (changed_ns, size):
-                if self._clock.monotonic_s() > until_s:
+                if size > _MAX_COUNTED_BYTES or self._clock.monotonic_s() > until_s:
                     figures.is_complete = False
                     continue
-                document = self._corpus.read(path)
+                document = self._corpus.read_begin(path, _MAX_COUNTED_BYTES)
                 former = changed_ns, size, _read_facts(path, document.text if document else None)
             known[path] = former
             _add_facts(figures, path, former[2])
@@ -14674,7 +14675,7 @@ def _may_tell(path: str) -> bool:
 
 
 def _read_facts(path: str, text: str | None) -> _Facts:
-    """What a file says; None is a binary one, or one over half a megabyte."""
+    """What a file says; None is a binary one, or one that could not be read."""
     if text is None:
         return _NO_FACTS
     tests, imports = 0, []
@@ -15575,7 +15576,7 @@ def _build_index(writer: IndexWriter, tell: Callable[..., None], clock: Clock) -
     while not writer.try_build():
         threading.Event().wait(_SWEEP_PAUSE_S / 4)  # another process makes one
         if writer.open():
-            return
+            break
     tell(state="built", files=writer.count(), seconds=clock.monotonic_s() - begun_s)
 
 
@@ -17603,7 +17604,7 @@ _HOW = mapping("How each figure was computed.")
 _COMPUTED = dict(timestamp=string(), quality_standard=_MAYBE_TEXT, how=_HOW, computedAt=string(),
                  computedInMs=integer(),
                  commit=_MAYBE_TEXT, filesRead=integer(),
-                 complete=boolean("Whether every file was read in time."))
+                 complete=boolean("Whether every file that may count was read: within 3 s, and up to 8 MiB."))
 _NO_STANDARD = "null: no standard is declared anywhere that this server could measure against"
 _COUNTED = "of the files that git tracks or that are not ignored, without secrets and this server's own"
 
@@ -17676,7 +17677,7 @@ async def tool_get_code_analysis(services: Services, call: Call) -> ToolResult:
         "health_score": "100 x pass_rate of the newest eval whose result has one (health_evidence); null: there is "
                         "none",
         "code_quality": "null: this server runs no linter; make one a task in lukhas.toml and ask run_eval",
-        "total_files": f"regular files, {_COUNTED}", "total_lines": "lines of source files up to 512 KiB",
+        "total_files": f"regular files, {_COUNTED}", "total_lines": "lines of source files up to 8 MiB; of those that were read where complete is false",
         "languages": "by the ending of the name", "largest_files": "by size in bytes",
         "most_imported": "Python files with an absolute import of a module of this repository"}),
                       is_untrusted=True)

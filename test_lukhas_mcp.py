@@ -12526,6 +12526,15 @@ class TestSurvey:
         figures = run_async(survey_of(tmp_path).figures())
         assert (figures.files, figures.tests, figures.names("testing"), figures.evidence) == (0, 0, None, [])
 
+    def test_a_long_file_counts_and_one_that_is_too_long_is_said_to_be_missing(self, tmp_path):
+        (tmp_path / "test_long.py").write_text("def test_x(): ...\n" * 40_000)
+        figures = run_async(survey_of(tmp_path).figures())
+        assert (figures.tests, figures.lines, figures.is_complete) == (40_000, 40_000, True)
+        with open(tmp_path / "huge.py", "wb") as stream:
+            stream.truncate(2 * 2**30)
+        figures = run_async(survey_of(tmp_path).figures())
+        assert (figures.files, figures.tests, figures.is_complete) == (2, 40_000, False) and "huge.py" not in figures.modules
+
     def test_one_count_for_all_who_ask_and_for_some_seconds(self, tmp_path):
         lay_out(tmp_path)
         clock = FakeClock()
