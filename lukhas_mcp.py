@@ -12714,7 +12714,7 @@ def _written(rel: str, change: Change, status: os.stat_result, current: _Current
 # A query is its runs of letters and digits; everything else only parts them, and each is quoted, so no
 # sign of FTS5 gets through. Candidates come with a bm25 and with what share of the query's neighbouring
 # words stand near each other; paths and defined names put them in order; the first of them are read, and
-# where rare words of the query meet closely decides the rest and is the snippet. The weights were tuned
+# where rare words of the query follow each other closely decides the rest and is the snippet. The weights were tuned
 # on queries with known answers from some repositories and judged on others.
 
 _MAX_QUERY = 4000  # characters that are looked at
@@ -12731,7 +12731,7 @@ _PIECE = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+|[^\W_A-Za-z0-9]+")
 _PLAIN_WORD = re.compile(r"[^\W_]+")
 _SEPARATORS = re.compile(r"[/\\]+")
 _TEST_WORDS = frozenset("test tests testing spec specs testdata conftest".split())
-_STALE_WORDS = frozenset("archive archived archives backup backups bak vendor thirdparty old deprecated quarantine dist".split())
+_STALE_WORDS = frozenset("archive archived archives backup backups bak vendor thirdparty old deprecated quarantine dist versioned".split())
 _LOG_WORDS = frozenset("changelog changelogs changes history news whatsnew releases".split())
 _LOG_ENDINGS = (".md", ".rst", ".txt")
 
@@ -12912,7 +12912,7 @@ class Passage:
 
 _IS_WORD = tuple(byte >= 128 or chr(byte).isalnum() for byte in range(256))
 _MAX_PLACES = 40  # of one word: more do not find a better meeting
-_NEAR, _PAIR = 120, 80  # bytes
+_NEAR = 100  # bytes
 
 
 def find_passage(text: bytes, weights: Mapping[str, float]) -> Passage | None:
@@ -12923,9 +12923,8 @@ def find_passage(text: bytes, weights: Mapping[str, float]) -> Passage | None:
     places = _places(text, weights)
     if not places:
         return None
-    weight, at = _best_window(places, weights)
-    score = 6.0 * weight + 4.0 * _share_of_pairs(places, list(weights))
-    return Passage(score, text.count(b"\n", 0, at), at - (text.rfind(b"\n", 0, at) + 1))
+    weight, at = _best_chain(places, weights)
+    return Passage(10.0 * weight, text.count(b"\n", 0, at), at - (text.rfind(b"\n", 0, at) + 1))
 
 
 def _places(text: bytes, words: Collection[str]) -> list[tuple[int, str]]:
@@ -12944,35 +12943,24 @@ def _places(text: bytes, words: Collection[str]) -> list[tuple[int, str]]:
     return places
 
 
-def _best_window(places: Sequence[tuple[int, str]], weights: Mapping[str, float]) -> tuple[float, int]:
-    """The greatest weight of distinct words within a few lines, and where that begins."""
-    best, best_at, first, weight = 0.0, places[0][0], 0, 0.0
-    inside: collections.Counter[str] = collections.Counter()
+def _best_chain(places: Sequence[tuple[int, str]], weights: Mapping[str, float]) -> tuple[float, int]:
+    """The greatest weight of words that follow each other closely in the query's order, and where that begins."""
+    best, best_at = 0.0, places[0][0]
+    chains = dict.fromkeys(weights, (0.0, -_NEAR, 0))  # by its last word: weight, place of that word, begin
     for at, word in places:
-        inside[word] += 1
-        if inside[word] == 1:
-            weight += weights[word]
-        while places[first][0] < at - _NEAR:
-            gone = places[first][1]
-            inside[gone] -= 1
-            if not inside[gone]:
-                weight -= weights[gone]
-            first += 1
+        weight, begin = 0.0, at
+        for earlier, (its, last, its_begin) in chains.items():
+            if earlier == word:
+                break
+            if its > weight and at - last < _NEAR:
+                weight, begin = its, its_begin
+        weight += weights[word]
+        known, last, _ = chains[word]
+        if weight >= known or at - last >= _NEAR:
+            chains[word] = weight, at, begin
         if weight > best + 1e-9:
-            best, best_at = weight, places[first][0]
+            best, best_at = weight, begin
     return best, best_at
-
-
-def _share_of_pairs(places: Sequence[tuple[int, str]], words: Sequence[str]) -> float:
-    """How many of the neighbours in the query follow each other closely in the text."""
-    following = dict(zip(words, words[1:]))
-    pairs = set()
-    for number, (at, word) in enumerate(places):
-        if word in following and word not in pairs:
-            for then, other in places[number + 1:number + 6]:
-                if then - at <= _PAIR and other == following[word]:
-                    pairs.add(word)
-    return len(pairs) / max(1, len(words) - 1)
 
 
 def cut_snippet(text: str, line: int, column: int = 0) -> tuple[str, int]:
@@ -14737,7 +14725,7 @@ def _module_names(path: str) -> tuple[str, ...]:
 # is marked dead; when a tenth is dead the index is made anew. A file name is never used twice, since
 # SQLite's journals go by name: whoever still reads an older file keeps a whole one.
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE VIRTUAL TABLE fts USING fts5(path, title, symbols, head, body, content='');
 CREATE TABLE docs (id INTEGER PRIMARY KEY, path TEXT NOT NULL, changed_ns INTEGER NOT NULL, size INTEGER NOT NULL,
@@ -14768,10 +14756,14 @@ _CODE = re.compile(
     r"inline|virtual|override|declare)[ \t]+)*(?:def|class|function\*?|fn|interface|struct|enum|trait|type|module|"
     r"namespace|impl|object|record|protocol|extension|message|service|rpc|func|fun|sub|resource|const|let|var|val)"
     rf"[ \t]+({_WORD})|\n({_WORD})[ \t]*\(\)[ \t]*\{{")
+_TYPED = re.compile(  # functions and methods that begin with a type, and whatever else
+    rf"\n(?:[A-Za-z_][\w \t*&:<>,]*[ \t*&:])?(?!(?:if|for|while|switch)\b)({_WORD})[ \t]?\([^;{{}}]{{0,500}}\)\s{{0,9}}\{{|"
+    r"\n[ \t]+(?:public|protected|private|internal|static)[ \t][^\n=;({]*"
+    rf"\b({_WORD})\(|{_CODE.pattern}")
 _HEADINGS = re.compile(r"\n#{1,6}[ \t]+([^\n]{1,120})|\n([^\n]{3,120})\n[=~^*-]{4,}(?=\n)")
 _DEFINITIONS = {"py": _PYTHON, "pyi": _PYTHON, "go": _GO} | dict.fromkeys(
-    "js jsx ts tsx mjs cjs rs java kt scala c h cc cpp hpp cs rb php swift m lua sh bash zsh pl ex exs dart r jl vue "
-    "svelte proto tf".split(), _CODE)
+    "js jsx ts tsx mjs cjs rs kt scala rb php swift lua sh bash zsh pl ex exs dart r jl vue svelte proto tf".split(),
+    _CODE) | dict.fromkeys("c h cc cpp hpp m java cs".split(), _TYPED)
 _PROSE = frozenset("md markdown rst txt adoc".split())
 
 
@@ -14786,7 +14778,7 @@ def describe_text(path: str, text: str) -> tuple[str, dict[str, int]]:
     pattern, line, last = _DEFINITIONS.get(suffix), 0, 0
     for match in pattern.finditer("\n" + text) if pattern else ():
         line, last = line + text.count("\n", last, match.start()), match.start()
-        names.setdefault(match[1] or match[2], line + 1)
+        names.setdefault(match[match.lastindex], line + 1)
         if len(names) == _MAX_NAMES:
             break
     return "", names

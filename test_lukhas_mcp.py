@@ -12642,6 +12642,8 @@ class TestIndex:
         ("a.go", "func (s *S) Serve() {}\ntype B struct{}\n", {"Serve": 1, "B": 2}),
         ("a.rs", "pub(crate) fn run() {}\nimpl Thing {}\n", {"run": 1, "Thing": 2}),
         ("a.ts", "export default class Foo {}\ninterface Bar {}\n", {"Foo": 1, "Bar": 2}),
+        ("a.c", "struct s {\n};\nstatic struct s *make(int n,\n    int m)\n{\n  if (n) {\n  }\n}\nint only(void);\n", {"s": 1, "make": 3}),
+        ("A.java", "public class A {\n  private static <T> List<T> all(int n) {\n    return other(n);\n  }\n}\n", {"A": 1, "all": 2}),
         ("a.sh", "start() {\n}\n", {"start": 1}), ("a.json", '{"def x": 1}', {}), ("Makefile", "all:\n", {})])
     def test_the_names_that_code_defines(self, path, text, names):
         assert lm.describe_text(path, text) == ("", names)
