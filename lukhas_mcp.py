@@ -15312,6 +15312,8 @@ class Finder:
         elif self.state.state != "ready":  # a ready one stays in use while its successor is made
             if not self.state.files and report["files"]:
                 log.info("index: reading %d files", report["files"])
+            elif 4 * report["done"] // max(report["files"], 1) > 4 * self.state.done // max(self.state.files, 1):
+                log.info("index: %d of %d files", report["done"], report["files"])
             self.state = IndexState("building", report["files"], report["done"])
         return fault
 
@@ -16707,9 +16709,9 @@ class Operation:
     @property
     def words(self) -> set[str]:
         """Every word that it can be found by."""
-        texts = (*self.names, self.title, self.status, STATUS_WORDS.get(self.status, ""), KIND_WORDS.get(self.kind, ""),
-                 str(self.facts.get("reason") or ""))
-        return {word.lower() for text in texts for word in (*re.findall(r"\w+", text), *split_words(text))}
+        text = " ".join((*self.names, self.title, self.status, STATUS_WORDS.get(self.status, ""),
+                         KIND_WORDS.get(self.kind, ""), str(self.facts.get("reason") or "")))
+        return {*re.findall(r"\w+", text.lower()), *split_words(text)}
 
 
 def view_url(services: Services, rel: str, line: int = 0) -> str:

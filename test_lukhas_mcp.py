@@ -12995,6 +12995,17 @@ class TestFinder:
                 assert finder.state.state == "off" and await found_paths(finder, "rollback") == ["docs/guide.md"]
         run_async(main())
 
+    def test_the_log_tells_how_far_a_build_is_by_quarters(self, repo, tmp_path, caplog):
+        caplog.set_level("INFO")
+
+        async def main():
+            async with open_finder(repo, tmp_path / "state", is_started=False) as finder:
+                for done in (0, 5, 26, 30, 80, 99):
+                    finder._hear({"state": "building", "files": 100, "done": done}, "")
+        run_async(main())
+        assert [one for one in caplog.messages if "index" in one] == [
+            "index: reading 100 files", "index: 26 of 100 files", "index: 80 of 100 files"]
+
     def test_the_indexer_without_orders_ends(self):
         assert lm.run_indexer(io.BytesIO(b""), io.BytesIO(), lm.SystemClock()) == 0
 
