@@ -11689,7 +11689,9 @@ class Root:
         """Whether a listing may show this entry; `name` is the last part of `rel`."""
         if _UNNAMEABLE.search(rel) or rel.startswith("~") or rel.count("/") >= _MAX_PARTS:
             return False  # no UTF-8, or what `relative` refuses: it could not be asked for
-        if _is_git(name) or name.startswith(TEMP_PREFIX) or self.is_secret(rel):
+        if name.startswith(TEMP_PREFIX) or self.is_secret(rel):
+            return False
+        if (not rel.isascii() or "git" in rel.lower()) and any(map(_is_git, rel.split("/"))):
             return False
         return not (self._closed and _lies_at(rel, self._closed))
 

@@ -12403,8 +12403,9 @@ class TestCorpus:
 
     def test_names_that_no_caller_could_give_are_left_out(self, tmp_path):
         for folder in (tmp_path, make_repository(tmp_path)):
-            (folder / ("bad/" * 70)).mkdir(parents=True)
-            for name in (b"bad\xff.txt", b"bad\n.txt", b"bad\\.txt", b"~bad.txt", b"bad/" * 64 + b"deep.txt"):
+            for name in (b"bad\xff.txt", b"bad\n.txt", b"bad\\.txt", b"~bad.txt", b"bad/" * 64 + b"deep.txt",
+                         b".GIT/bad.txt", b"a/Git~1/bad.txt"):
+                os.makedirs(os.path.dirname(os.fsencode(folder) + b"/" + name), exist_ok=True)
                 with open(os.fsencode(folder) + b"/" + name, "wb") as stream:
                     stream.write(b"x")
             assert not any("bad" in path for path in documents(open_corpus(folder)))
