@@ -14865,7 +14865,7 @@ class IndexWriter:
     def refresh(self, paths: Collection[str]) -> int:
         """Bring some paths up to date, whether they are documents or not; tells how many had changed."""
         known = {row[0]: row[1:] for path in paths for row in self._execute(f"{_KNOWN} AND path=?", path)}
-        ignored = self.corpus.find_ignored(paths)
+        ignored = self.corpus.find_ignored([path for path in paths if path not in known])  # what became so, sweeps see
         return self._apply(known, [path for path in dict.fromkeys(paths) if path not in ignored])
 
     def sweep(self) -> int:
@@ -15115,6 +15115,7 @@ _CACHED_BYTES = 16 * 2**20
 _MAX_FRESH = 200  # own writes that the index does not have yet
 _STALE_S = 4.0  # the first search after a pause does not answer from an older sweep, if it can help it
 _SWEEP_WAIT_S = 1.0
+_COLLECT_S = 0.2  # own writes are told to the indexer together, so that many to one file are one
 _SWEEP_PAUSE_S = 1.5
 _BUSY_S = 60.0  # so long after a search sweeps go on
 _PATHS_S = 5.0
@@ -15178,6 +15179,7 @@ class Finder:
         self._task: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._swept: asyncio.Future[None] | None = None
+        self._changed: set[str] = set()  # by own writes, and not yet told to the indexer
         self._swept_s = self._asked_s = self._ready_s = -1e9
         self._is_over = False
 
@@ -15223,7 +15225,13 @@ class Finder:
     def note_change(self, *paths: str) -> None:
         """A tool has just changed these files: the next search finds them as they are now."""
         self._shelf.note(paths)
-        self._order({"refresh": list(paths)})
+        if not self._changed:
+            asyncio.get_running_loop().call_later(_COLLECT_S, self._tell_changed)
+        self._changed.update(paths)
+
+    def _tell_changed(self) -> None:
+        self._order({"refresh": sorted(self._changed)})
+        self._changed.clear()
 
     def _run(self, work: Callable[..., Any], *values: Any) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().run_in_executor(self._pool, work, *values)
@@ -15418,7 +15426,8 @@ class _Shelf:
     def _list_fresh(self) -> list[str]:
         """Own writes that the index does not have yet, and will have."""
         fresh, now_s = dict(self._fresh), self._clock.monotonic_s()
-        due = [path for path, asked_s in fresh.items() if now_s - asked_s > _PATHS_S]
+        due = [path for path, asked_s in fresh.items() if now_s - asked_s > _PATHS_S
+               and not (self._reader and self._reader.state_of(path))]
         ignored = self._corpus.find_ignored(due)
         self._fresh.update(dict.fromkeys(due, now_s))
         for path in fresh:

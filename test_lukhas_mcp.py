@@ -21886,6 +21886,53 @@ def bench_writes(port: int, count: int) -> None:
         one.join()
 
 
+def bench_patches(folder: pathlib.Path, count: int) -> None:
+    """Print how long a patch takes over HTTP, beside what this disk alone takes to keep a file and two commits."""
+    lines = [f"line {number}" for number in range(400)]
+    server = Server(folder)
+    (server.repo / "a.py").write_text("\n".join(lines) + "\n")
+    server.start()
+    connection, times = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30), []
+    try:
+        for number in range(count):
+            at, now = number % 390 + 3, sha_of(server.repo / "a.py")
+            old, lines[at] = lines[at], lines[at] + "x"
+            patch = f"@@ -{at},3 +{at},3 @@\n {lines[at - 1]}\n-{old}\n+{lines[at]}\n {lines[at + 1]}\n"
+            body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+                "name": "apply_patch", "arguments": {"path": "a.py", "patch": patch, "expectSha256": now}}})
+            begun_s = time.perf_counter()
+            connection.request("POST", "/mcp", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse().read()
+            times.append((time.perf_counter() - begun_s) * 1e3)
+            assert b'"isError"' not in answer, answer
+    finally:
+        server.stop()
+    assert (server.repo / "a.py").read_text().split("\n")[:-1] == lines
+    bare = bench_disk(folder, "\n".join(lines).encode(), count)
+    ratio = sorted(times)[count // 2] / sorted(bare)[count // 2]
+    print(f"apply_patch over HTTP, durable     {quantiles(times)}\n"
+          f"  the disk alone                   {quantiles(bare)}, ratio {ratio:.1f}")
+
+
+def bench_disk(folder: pathlib.Path, content: bytes, count: int) -> list[float]:
+    """Times in ms of a commit, a synced file put in place, its folder synced, and a commit again."""
+    times = []
+    with contextlib.closing(sqlite3.connect(folder / "bare.db", isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("CREATE TABLE told (text)")
+        for _ in range(count):
+            begun_s = time.perf_counter()
+            connection.execute("INSERT INTO told VALUES (?)", ("x" * 500,))
+            (folder / "new").write_bytes(content)
+            lm.sync_path(str(folder / "new"))
+            os.replace(folder / "new", folder / "old")
+            lm.sync_path(str(folder))
+            connection.execute("INSERT INTO told VALUES (?)", ("x" * 500,))
+            times.append((time.perf_counter() - begun_s) * 1e3)
+    return times
+
+
 def count_events(one: socket.socket, wanted: int) -> int:
     """Read a stream until it held as many events, or is silent for five seconds."""
     one.settimeout(5)
@@ -21905,7 +21952,7 @@ def bench_main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="test_lukhas_mcp.py bench", description=bench_main.__doc__)
     parser.add_argument("--quick", action="store_true", help="shorter rounds")
     parser.add_argument("--soak", type=float, nargs="?", const=600.0, metavar="SECONDS", help="only mixed load, for ten minutes")
-    parser.add_argument("--only", choices=("start", "calls", "fan", "canaries"), help="one part only")
+    parser.add_argument("--only", choices=("start", "calls", "patches", "fan", "canaries"), help="one part only")
     options = parser.parse_args(argv)
     loop = "uvloop" if lm.uvloop else "asyncio"
     print(f"Python {sys.version.split()[0]}, {loop}, {'orjson' if lm.orjson else 'json'}, {os.cpu_count()} cores")
@@ -21918,6 +21965,8 @@ def bench_main(argv: list[str]) -> int:
             bench_start(folder, 5 if options.quick else 20)
         if options.only in (None, "calls"):
             bench_calls(folder, 1.0 if options.quick else 3.0)
+        if options.only in (None, "patches"):
+            bench_patches(bench_folder(folder, "patches"), 100 if options.quick else 300)
         if options.only in (None, "fan"):
             bench_fan_out(folder, 20, 500 if options.quick else 2000)
         if options.only in (None, "canaries"):
