@@ -14994,7 +14994,7 @@ class IndexReader:
     def __init__(self, path: str):
         self.path = path
         self.total = 0  #: documents
-        self._paths = PathList(())
+        self._paths = self._spaced = PathList(())  # all, and those with a space in them
         self._dead = 0  # documents that the full text still has
         self._changes = -1
         self._counts: dict[str, int] = {}
@@ -15032,6 +15032,7 @@ class IndexReader:
         if changes != self._changes:
             rows = self._all(f"SELECT path FROM docs WHERE state >= {_PATH_ONLY}")
             self._paths, self._changes, self.total = PathList(row[0] for row in rows), changes, len(rows)
+            self._spaced = PathList(path for path in self._paths.paths if " " in path)
             self._dead = self._all("SELECT count(*) FROM docs WHERE state=?", _DEAD)[0][0]
             self._counts.clear()
 
@@ -15060,7 +15061,8 @@ class IndexReader:
             one = found.setdefault(path, Found(path))
             one.names |= {name}
             one.line = one.line or line
-        for path in self._paths.containing(query.literal, _LITERAL_LIMIT) if len(query.literal) > 2 else ():
+        paths = self._spaced if " " in query.literal else self._paths
+        for path in paths.containing(query.literal, _LITERAL_LIMIT) if len(query.literal) > 2 else ():
             found.setdefault(path, Found(path))
         return list(found.values())
 
