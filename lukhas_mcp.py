@@ -17097,9 +17097,9 @@ def to_task(state: WorkState, *, is_full: bool = False) -> dict[str, Any]:
 # 60. FileTools -- the repository as tools: read, list, find, write
 # uses: Ground, Errors, Vocabulary, Schema, Store, Contents, Repository, Toolkit, SearchTools
 # ==============================================================================
-# A change is told before it happens and after: the intent is committed, the bytes change, the row
+# A change is told before it happens and after: the intent is on the disk, the bytes change, the row
 # that says so is committed, then the caller is answered. An intent that a dead process left open is
-# decided at the next start by what the file holds.
+# decided at the next start by what the file holds; hence that row itself goes to the disk behind the answer.
 
 
 PATH = string("Relative to the repository.", min_length=1, max_length=4096)
