@@ -11685,10 +11685,14 @@ class Root:
         """Whether a relative path is refused as a secret, here and now."""
         return not self.allow_secrets and is_secret_path(rel)
 
+    def is_nameable(self, rel: str) -> bool:
+        """Whether `relative` takes a path that was found."""
+        return not (rel.startswith("~") or rel.count("/") >= _MAX_PARTS)
+
     def is_listed(self, rel: str, name: str) -> bool:
         """Whether a listing may show this entry; `name` is the last part of `rel`."""
-        if _UNNAMEABLE.search(rel) or rel.startswith("~") or rel.count("/") >= _MAX_PARTS:
-            return False  # no UTF-8, or what `relative` refuses: it could not be asked for
+        if _UNNAMEABLE.search(rel):  # no UTF-8, or what `relative` refuses: it could not be asked for
+            return False
         if name.startswith(TEMP_PREFIX) or self.is_secret(rel):
             return False
         if (not rel.isascii() or "git" in rel.lower()) and any(map(_is_git, rel.split("/"))):
@@ -14319,7 +14323,7 @@ class Corpus:
 
     def _is_open(self, path: str) -> bool:
         """Whether a path may be found at all."""
-        if is_secret_path(path) or not self.root.is_listed(path, path.rpartition("/")[2]):
+        if is_secret_path(path) or not self.root.is_nameable(path) or not self.root.is_listed(path, path.rpartition("/")[2]):
             return False
         return not any(path == one or path.startswith((one + "-", one + ".", one + "/")) for one in self._own)
 

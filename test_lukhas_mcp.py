@@ -12277,6 +12277,10 @@ class TestHistory:
             with pytest.raises(family):
                 lm.read_old_file(run, "HEAD", rel)
 
+    def test_a_name_like_a_home_folder_is_told(self, repo):
+        (repo / "~").write_text("x\n")
+        assert "~" in {item["path"] for item in lm.read_status(open_git(repo).open(), "", 0, 99)["items"]}
+
     @hypothesis.given(st.dictionaries(FILE_NAMES, FILE_TEXTS, min_size=1, max_size=6), st.data())
     @hypothesis.settings(max_examples=8, suppress_health_check=list(hypothesis.HealthCheck))
     def test_any_name_and_text_come_back_as_they_are(self, tmp_path_factory, files, data):
