@@ -21370,23 +21370,30 @@ def time_grep(repo: pathlib.Path, texts: list[str]) -> tuple[str, float]:
     return "ripgrep" if program else "git grep", sorted(times)[len(times) // 2]
 
 
-def bench_build(server: Server, begun_s: float) -> None:
-    """Print how soon paths are answered, how long the build takes, and what it does to the loop."""
-    first_s = None
+def bench_build(server: Server) -> int:
+    """Start a server and print how soon paths are answered, how long the build takes, and what it does to the loop.
+
+    Answers the memory in KiB that it has when it is ready to be asked, before the index is.
+    """
+    begun_s = time.perf_counter()
+    server.launch()
+    server.port = int(wait_until(lambda: server._find_port(0), 20, "the address in the start line")[1])
+    wait_until(lambda: server.call("search", query="sub")["ids"], 20, "an answer by path")
+    first_s = time.perf_counter() - begun_s
+    idle_kib = read_memory_kib(server.process.pid)
     meter = LagMeter(server.port)
     meter.start()
     while (indexed := server.request("GET", "/readyz").json["indexed"])["state"] != "ready":
-        if first_s is None and server.call("search", query="sub")["ids"]:
-            first_s = time.perf_counter() - begun_s
         time.sleep(0.05)
     ready_s = time.perf_counter() - begun_s
     meter.is_over = True
     meter.join()
     built = re.search(r"index: (\d+) files in ([\d.]+) s", server.stderr)
-    print(f"  first answer by path            {first_s or ready_s:8.2f} s after the start of the process")
+    print(f"  first answer by path            {first_s:8.2f} s after the start of the process")
     print(f"  build of {built[1] if built else indexed['files']:>7} files           {float(built[2]) if built else 0:8.2f} s, "
           f"ready {ready_s:.2f} s after the start")
     print(f"  /healthz during the build        {quantiles(meter.times)}")
+    return idle_kib
 
 
 def bench_search(folder: pathlib.Path, path: str | None = None, files: int = 25_000, queries: int = 300) -> None:
@@ -21399,11 +21406,8 @@ def bench_search(folder: pathlib.Path, path: str | None = None, files: int = 25_
     settings = {"LUKHAS_REPO_ROOT": str(repo), "LUKHAS_MCP_DB": str(folder / "bench.db"),
                 "MCP_STATE_PATH": str(folder / "bench.json")}
     server = Server(folder, settings, command=[sys.executable, "-u"])  # the file itself, as a user starts it
-    begun_s = time.perf_counter()
-    server.start()
-    idle_kib = read_memory_kib(server.process.pid)
     try:
-        bench_build(server, begun_s)
+        idle_kib = bench_build(server)
         text_bytes = sum(len(text.encode("utf-8", "replace")) for text in searchset.texts.values())
         index = next((folder / "state").rglob("index-*.db"))
         print(f"  index                            {index.stat().st_size / 2**20:8.1f} MiB of {text_bytes / 2**20:.1f} MiB "
