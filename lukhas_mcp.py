@@ -21493,10 +21493,8 @@ class Server:
                 rounds += 1
                 if rounds % 20 == 0:
                     self.services.reads.flush()
-            except Unavailable as error:
-                log.warning("a round of housekeeping was not finished: %s", error.message)
             except Unavailable as error:  # the database can't commit now; the next round comes
-                log.warning("a round of housekeeping was not done: %s", error)
+                log.warning("a round of housekeeping was not finished: %s", error.message)
             # house: allow broad -- one failed round is logged, the next one comes
             except Exception:
                 log.exception("a round of housekeeping failed")

@@ -22054,7 +22054,7 @@ WRONG_BODIES = [
     (b'{"jsonrpc":"2.0","id":' + b"9" * 40 + b',"method":"ping"}', -32700)]
 LEADING_OUT = ["../o.txt", "docs/../../o.txt", "/etc/passwd", "link/o.txt", "../repo-sibling/s.txt",
                ".git/config", ".GIT/config",
-               ".mcp-state.db", ".env", "a\x00b", "~/x", "//etc/passwd", "/", "./../outside/o.txt", "docs/..", "/proc/self/root/etc/passwd",
+               ".mcp-state.db", ".env", "a\x00b", "~/x", "//etc/passwd", "/", "./../outside/o.txt", "docs/..", "/proc/self/cwd/README.md",
                "link/new.txt", "file-link", "dangling", "loop", "self/README.md", "git-link/config", "root-link/etc/passwd", "docs-link/guide.md",
                ".Git/hooks/x", ".git./x", ".git /x", "GIT~1/x", ".g\u200cit/x", "\ufeff.git/x", ".git::$INDEX_ALLOCATION/x", "docs/./.git/x",
                ".ENV", ".env.local", ".env ", "docs/server.PEM", "id_rsa", ".npmrc", ".aws/credentials", ".e\u200cnv", "pipe", "socket",
