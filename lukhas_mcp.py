@@ -11901,11 +11901,10 @@ def take_mode(descriptor: int, status: os.stat_result) -> None:
 
 def read_open_file(descriptor: int, limit_bytes: int) -> bytes:
     """At most that many bytes from the start of an open file."""
-    with open(descriptor, "rb", buffering=0, closefd=False) as file:
-        pieces = []
-        while limit_bytes > 0 and (piece := file.read(min(limit_bytes, 2**20))):
-            pieces.append(piece)
-            limit_bytes -= len(piece)
+    pieces = []
+    while limit_bytes > 0 and (piece := os.read(descriptor, min(limit_bytes, 2**20))):
+        pieces.append(piece)
+        limit_bytes -= len(piece)
     return b"".join(pieces)
 
 
@@ -12965,14 +12964,15 @@ def _best_chain(places: Sequence[tuple[int, str]], weights: Mapping[str, float])
     return best, best_at
 
 
-def cut_snippet(text: str, line: int, column: int = 0) -> tuple[str, int]:
-    """Some lines of a text from a line (from 0) on, and the number of the first of them (from 1)."""
-    lines = text.split("\n", line + 12)[:line + 12]
+def cut_snippet(text: bytes, line: int, column: int = 0) -> tuple[str, int]:
+    """Some lines of a text in UTF-8 from a line (from 0) on, and the number of the first of them (from 1)."""
+    lines = text.split(b"\n", line + 12)[:line + 12]
     line = min(line, len(lines) - 1)
     while line < len(lines) - 1 and not lines[line].strip():
         line, column = line + 1, 0
     begin = max(0, column - 80) if column > 160 else 0
-    shown = "\n".join(row.rstrip()[begin:begin + 200] for row in lines[line:line + 3])[:400]
+    rows = (row[begin:begin + 800].decode("utf-8", "ignore")[:200].rstrip() for row in lines[line:line + 3])
+    shown = "\n".join(rows)[:400]
     if not shown.replace("\n", "").replace("\t", "").isprintable():
         shown = "".join(char for char in shown if char.isprintable() or char in "\n\t")
     return shown.strip("\n"), line + 1
@@ -14984,6 +14984,11 @@ class IndexWriter:
 # -- reading ------------------------------------------------------------------
 
 
+def _places_for(values: Collection[Any]) -> str:
+    """As many question marks as values, for a statement."""
+    return ",".join("?" * len(values))
+
+
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """What the index has for a query: documents in no order, and how much each term tells."""
@@ -15003,15 +15008,23 @@ class IndexReader:
         self._changes = -1
         self._counts: dict[str, int] = {}
         try:
-            self._connection = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
-            self._connection.execute("PRAGMA query_only=ON")
-            self._connection.execute("PRAGMA cache_size=-8000")
+            self._connection = self._connect(-8000)
+            self._beside = self._connect(-2000)  # the other thread's
         except sqlite3.Error as error:
             raise Unavailable(f"the index can't be opened: {error}") from None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "near")
+
+    def _connect(self, cache_size: int) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA query_only=ON")
+        connection.execute(f"PRAGMA cache_size={cache_size}")
+        return connection
 
     def close(self) -> None:
         """Let go of the file."""
+        self._pool.shutdown()
         self._connection.close()
+        self._beside.close()
 
     def find(self, query: Query) -> Candidates:
         """Every document worth ranking."""
@@ -15019,14 +15032,14 @@ class IndexReader:
         counts = {word: self._count(word) for word in query.terms}
         return Candidates(self._gather(query, counts), weigh(query, counts, self.total))
 
-    def state_of(self, path: str) -> tuple[int, int] | None:
-        """(changed_ns, size) of a path as the index knows it."""
-        rows = self._all("SELECT changed_ns, size FROM docs WHERE path=? AND state >= 0", path)
-        return rows[0] if rows else None
+    def states_of(self, paths: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """(changed_ns, size) as the index knows them, of those paths that it knows."""
+        rows = self._all(f"{_KNOWN} AND path IN ({_places_for(paths)})", *paths)
+        return {path: (changed_ns, size) for path, changed_ns, size in rows}
 
-    def _all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+    def _all(self, sql: str, *values: Any, connection: sqlite3.Connection | None = None) -> list[tuple[Any, ...]]:
         try:
-            return self._connection.execute(sql, values).fetchall()
+            return (connection or self._connection).execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise Unavailable(f"the index can't be read: {error}") from None
 
@@ -15050,17 +15063,12 @@ class IndexReader:
         return self._counts[word]
 
     def _gather(self, query: Query, counts: Mapping[str, int]) -> list[Found]:
+        asked = self._pool.submit(self._find_near, [word for word in query.terms if counts[word]])
         found: dict[str, Found] = {}
-        if query.terms:
-            near = self._find_near([word for word in query.terms if counts[word]])
-            first = self._match(ask_all(query, counts), _ALL_LIMIT)
-            rare = ask_rare(query, counts, self.total) if len(first) < _FEW else ""
-            for row, path, bm25 in first + (self._match(rare, _RARE_LIMIT) if rare else []):
-                one = found.setdefault(path, Found(path, near=near.pop(row, 0.0)))
-                one.bm25 = max(one.bm25, bm25)
-            for row, share in near.most_common(_NEAR_LIMIT):
-                for path, in self._all(f"SELECT path FROM docs WHERE id=? AND state >= {_PATH_ONLY}", row):
-                    found.setdefault(path, Found(path, near=share))
+        matched: dict[int, Found] = {}
+        for row, path, bm25 in self._match_terms(query, counts) if query.terms else ():
+            matched[row] = one = found.setdefault(path, Found(path))
+            one.bm25 = max(one.bm25, bm25)
         for path, name, line in self._definitions(query):
             one = found.setdefault(path, Found(path))
             one.names |= {name}
@@ -15068,7 +15076,20 @@ class IndexReader:
         paths = self._spaced if " " in query.literal else self._paths
         for path in paths.containing(query.literal, _LITERAL_LIMIT) if len(query.literal) > 2 else ():
             found.setdefault(path, Found(path))
+        near = asked.result()
+        for row, one in matched.items():
+            one.near = near.pop(row, 0.0)
+        shares = dict(near.most_common(_NEAR_LIMIT))
+        for row, path in self._all(f"SELECT id, path FROM docs WHERE id IN ({_places_for(shares)}) "
+                                   f"AND state >= {_PATH_ONLY}", *shares):
+            found.setdefault(path, Found(path)).near = shares[row]
         return list(found.values())
+
+    def _match_terms(self, query: Query, counts: Mapping[str, int]) -> list[tuple[int, str, float]]:
+        """`_match` of documents with every term, and where they are few, of some with the rarer ones."""
+        found = self._match(ask_all(query, counts), _ALL_LIMIT)
+        rare = ask_rare(query, counts, self.total) if len(found) < _FEW else ""
+        return found + (self._match(rare, _RARE_LIMIT) if rare else [])
 
     def _match(self, expression: str, limit: int) -> list[tuple[int, str, float]]:
         """(row, path, bm25) of the best; no more are looked up than the limit and the dead ones need."""
@@ -15085,7 +15106,8 @@ class IndexReader:
         near: collections.Counter[int] = collections.Counter()
         whole = 0.0
         for pair in dict.fromkeys(zip(words, words[1:])):
-            rows = self._all("SELECT rowid FROM fts WHERE fts MATCH ? LIMIT ?", ask_near(*pair), _PAIR_LIMIT)
+            rows = self._all("SELECT rowid FROM fts WHERE fts MATCH ? LIMIT ?", ask_near(*pair), _PAIR_LIMIT,
+                             connection=self._beside)
             weight = math.log(1 + self.total / (len(rows) + 0.5))
             whole += weight
             for row, in rows if len(rows) < _PAIR_LIMIT else ():
@@ -15432,13 +15454,12 @@ class _Shelf:
     def _list_fresh(self) -> list[str]:
         """Own writes that the index does not have yet, and will have."""
         fresh, now_s = dict(self._fresh), self._clock.monotonic_s()
-        due = [path for path, asked_s in fresh.items() if now_s - asked_s > _PATHS_S
-               and not (self._reader and self._reader.state_of(path))]
+        known = self._reader.states_of(list(fresh)) if self._reader and fresh else {}
+        due = [path for path, asked_s in fresh.items() if now_s - asked_s > _PATHS_S and path not in known]
         ignored = self._corpus.find_ignored(due)
         self._fresh.update(dict.fromkeys(due, now_s))
         for path in fresh:
-            now = next(((changed_ns, size) for _, changed_ns, size in self._corpus.look((path,))), None)
-            if path in ignored or self._reader is not None and self._reader.state_of(path) == now:
+            if path in ignored or self._reader is not None and known.get(path) == self._look_at(path):
                 self._fresh.pop(path, None)
         return list(self._fresh)
 
@@ -15474,12 +15495,11 @@ class _Shelf:
 
     def _read(self, path: str) -> bytes | None:
         """The beginning of a file in UTF-8, from memory if it has not changed; None for no document."""
-        now = next(((changed_ns, size) for _, changed_ns, size in self._corpus.look((path,))), None)
         kept = self._texts.get(path)
-        if kept is not None and kept[:2] == now:
+        if kept is not None and kept[:2] == self._look_at(path):
             self._texts.move_to_end(path)
             return kept[2]
-        document = self._corpus.read_begin(path, _READ_BYTES) if now else None
+        document = self._corpus.read_begin(path, _READ_BYTES)
         if document is None:
             return None
         text = (document.text or "").encode("utf-8", "replace")
@@ -15489,11 +15509,16 @@ class _Shelf:
             self._cached -= len(self._texts.popitem(last=False)[1][2])
         return text
 
+    def _look_at(self, path: str) -> tuple[int, int] | None:
+        """(changed_ns, size) of a file now."""
+        return next(((changed_ns, size) for _, changed_ns, size in self._corpus.look((path,))), None)
+
     def _find_stale(self, hits: Sequence[Hit]) -> list[str]:
+        """Hits that were read otherwise than the index knows them."""
         if self._reader is None:
             return []
-        looked = self._corpus.look([hit.path for hit in hits])
-        return [path for path, changed_ns, size in looked if self._reader.state_of(path) != (changed_ns, size)]
+        known = self._reader.states_of([hit.path for hit in hits])
+        return [hit.path for hit in hits if hit.path not in self._texts or known.get(hit.path) != self._texts[hit.path][:2]]
 
 
 def _lower_for(words: Iterable[str], text: bytes) -> bytes:
@@ -15503,7 +15528,7 @@ def _lower_for(words: Iterable[str], text: bytes) -> bytes:
 
 def _to_hit(score: float, one: Found, passage: Passage | None, text: bytes) -> Hit:
     line, column = (passage.line, passage.column) if passage else (max(one.line - 1, 0), 0)
-    snippet, line = cut_snippet(text.decode("utf-8"), line, column)
+    snippet, line = cut_snippet(text, line, column)
     return Hit(one.path, snippet, line, round(score, 2))
 
 
@@ -16903,11 +16928,14 @@ async def tool_search(services: Services, call: Call) -> ToolResult:
     text, limit = call.get("query"), call.get("limit")
     if not text.strip():
         raise InvalidArguments("query is blank; give words, a name, a part of a path, or an id")
-    operations = rank_operations(text, list_operations(services.store, text))[:(limit + 1) // 2]
-    left = limit - len(operations)
-    hits, is_whole = await services.finder.find(text, left) if left else ([], True)
+    searching = asyncio.create_task(services.finder.find(text, limit))
+    await services.clock.sleep(0)  # the files are searched in a thread of their own, and meanwhile the operations here
+    try:
+        operations = rank_operations(text, list_operations(services.store, text))[:(limit + 1) // 2]
+    finally:
+        hits, is_whole = await searching
     rows = [operation_row(services, one, score) for score, one in operations]
-    rows += [file_row(services, hit) for hit in hits]
+    rows += [file_row(services, hit) for hit in hits[:limit - len(rows)]]
     state = services.finder.state
     document = {"ids": [row["id"] for row in rows],
                 "hits": [{key: row[key] for key in ("id", "title", "snippet", "path", "line", "score")} for row in rows],

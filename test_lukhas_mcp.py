@@ -11360,15 +11360,23 @@ class TestQuery:
     def test_a_passage_lies_within_any_text(self, text, words):
         passage = passage_of(text.lower(), dict.fromkeys(words, 0.2))
         assert passage is None or passage.line <= text.lower().count("\n")
-        snippet, line = lm.cut_snippet(text, passage.line if passage else 0, passage.column if passage else 0)
+        content = text.encode("utf-8", "replace")
+        snippet, line = lm.cut_snippet(content, passage.line if passage else 0, passage.column if passage else 0)
         assert 1 <= line <= text.count("\n") + 1 and len(snippet) <= 400
 
     def test_a_snippet_begins_at_its_line_and_skips_blank_ones(self):
-        text = "one\n\n\ntwo  \nthree\nfour\nfive"
+        text = b"one\n\n\ntwo  \nthree\nfour\nfive"
         assert lm.cut_snippet(text, 0) == ("one", 1)
         assert lm.cut_snippet(text, 1) == ("two\nthree\nfour", 4)
         assert lm.cut_snippet(text, 99) == ("five", 7)
-        assert "needle" in lm.cut_snippet("x" * 5000 + " needle " + "y" * 5000, 0, 5001)[0]
+        assert "needle" in lm.cut_snippet(b"x" * 5000 + b" needle " + b"y" * 5000, 0, 5001)[0]
+
+    @pytest.mark.parametrize("letter", ["x", "ж", "語", "🙂"])
+    def test_a_snippet_of_a_long_line_holds_what_was_found(self, letter):
+        text = letter * 999 + " needle " + letter * 999
+        passage = passage_of(text, {"needle": 1.0})
+        snippet, line = lm.cut_snippet(text.encode(), passage.line, passage.column)
+        assert "needle" in snippet and line == 1 and set(snippet) == {letter, *" needle"}
 
     @hypothesis.given(paths=st.lists(st.text(alphabet="abAB/._İ", min_size=1, max_size=12), max_size=12),
                       part=st.text(alphabet="ab/.", min_size=1, max_size=3))
