@@ -12983,6 +12983,29 @@ class TestFinder:
                 assert (await finder.find("okapi", 5))[0] == [] and finder.state.state == "building"
         run_async(main())
 
+    def test_the_first_search_of_a_large_checkout_waits_for_no_walk_through_it(self, tmp_path, monkeypatch):
+        repo = make_repository(tmp_path)
+        put_files(repo, **{f"src/part{number}.txt": "okapi" for number in range(401)})
+        git(repo, "add", ".")
+        put_files(repo, **{"stray.txt": "not tracked"})
+        walks, list_paths = [], lm.Corpus.list_paths
+
+        async def no_indexer(finder):
+            pass
+
+        def count_walks(corpus):
+            walks.append(corpus)
+            return list_paths(corpus)
+        monkeypatch.setattr(lm.Finder, "_supervise", no_indexer)
+        monkeypatch.setattr(lm.Corpus, "list_paths", count_walks)
+
+        async def main():
+            async with open_finder(repo, tmp_path / "state") as finder:
+                assert await found_paths(finder, "part77", 1) == ["src/part77.txt"] and not walks
+                await until(functools.partial(found_paths, finder, "stray"))
+                assert walks and await found_paths(finder, "part78", 1) == ["src/part78.txt"]
+        run_async(main())
+
     def test_an_indexer_that_cannot_start_is_told_and_searching_goes_on(self, repo, tmp_path):
         async def main():
             (tmp_path / "file").touch()
