@@ -14756,19 +14756,20 @@ _MAX_DEAD = 0.10
 _MIN_DEAD = 200
 _MAX_COUNTS = 50_000
 
+# Blanks and lines are taken whole (`*+`): trying shorter ones, which never fit, took three times as long.
 _WORD = r"[A-Za-z_$][\w$]*"
-_PYTHON = re.compile(rf"\n[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]+({_WORD})|\n([A-Za-z_]\w\w+)(?:[ \t]*:[^=\n]{{1,80}})?[ \t]*=[^=]")
+_PYTHON = re.compile(rf"\n[ \t]*+(?:async[ \t]+)?(?:def|class)[ \t]+({_WORD})|\n([A-Za-z_]\w\w+)(?:[ \t]*:[^=\n]{{1,80}})?[ \t]*=[^=]")
 _GO = re.compile(rf"\n(?:func|type|const|var)[ \t]+(?:\([^)\n]*\)[ \t]*)?({_WORD})|\n\t({_WORD})[ \t]+(?:struct|interface)\b")
 _CODE = re.compile(
-    r"\n[ \t]*(?:(?:export|default|public|private|protected|static|async|abstract|final|pub(?:\([a-z]+\))?|unsafe|"
+    r"\n[ \t]*+(?:(?:export|default|public|private|protected|static|async|abstract|final|pub(?:\([a-z]+\))?|unsafe|"
     r"inline|virtual|override|declare)[ \t]+)*(?:def|class|function\*?|fn|interface|struct|enum|trait|type|module|"
     r"namespace|impl|object|record|protocol|extension|message|service|rpc|func|fun|sub|resource|const|let|var|val)"
     rf"[ \t]+({_WORD})|\n({_WORD})[ \t]*\(\)[ \t]*\{{")
 _TYPED = re.compile(  # functions and methods that begin with a type, and whatever else
     rf"\n(?:[A-Za-z_][\w \t*&:<>,]*[ \t*&:])?(?!(?:if|for|while|switch)\b)({_WORD})[ \t]?\([^;{{}}]{{0,500}}\)\s{{0,9}}\{{|"
-    r"\n[ \t]+(?:public|protected|private|internal|static)[ \t][^\n=;({]*"
+    r"\n[ \t]++(?:public|protected|private|internal|static)[ \t][^\n=;({]*"
     rf"\b({_WORD})\(|{_CODE.pattern}")
-_HEADINGS = re.compile(r"\n#{1,6}[ \t]+([^\n]{1,120})|\n([^\n]{3,120})\n[=~^*-]{4,}(?=\n)")
+_HEADINGS = re.compile(r"\n#{1,6}[ \t]+([^\n]{1,120})|\n([^\n]{3,120}+)\n[=~^*-]{4,}(?=\n)")
 _DEFINITIONS = {"py": _PYTHON, "pyi": _PYTHON, "go": _GO} | dict.fromkeys(
     "js jsx ts tsx mjs cjs rs kt scala rb php swift lua sh bash zsh pl ex exs dart r jl vue svelte proto tf".split(),
     _CODE) | dict.fromkeys("c h cc cpp hpp m java cs".split(), _TYPED)
