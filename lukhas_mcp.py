@@ -12982,12 +12982,13 @@ def cut_snippet(text: bytes, line: int, column: int = 0) -> tuple[str, int]:
 
 
 class PathList:
-    """Many paths in one text, so that the search for a part of them is one in C."""
+    """Many paths in one text, so that the search for a part of them is one in C; in UTF-8, as a text to be ranked."""
 
     def __init__(self, paths: Iterable[str]):
         self.paths = list(paths)
-        self._text = "\n".join(path.lower() if len(path.lower()) == len(path) else path for path in self.paths)
-        self._starts = [0, *itertools.accumulate(len(path) + 1 for path in self.paths)]
+        lower = [path.lower().encode("utf-8", "replace") for path in self.paths]
+        self._text = b"\n".join(lower)
+        self._starts = [0, *itertools.accumulate(len(path) + 1 for path in lower)]
 
     def containing(self, part: str, limit: int) -> list[str]:
         """The first paths that hold a text, which is in lower case."""
@@ -13005,11 +13006,12 @@ class PathList:
         return [Found(self.paths[number]) for number, _ in weights.most_common(limit)]
 
     def _find(self, part: str) -> Iterator[int]:
-        at = self._text.find(part) if part and "\n" not in part else -1
+        wanted = part.encode("utf-8", "replace")
+        at = self._text.find(wanted) if part and "\n" not in part else -1
         while at >= 0:
             number = bisect.bisect_right(self._starts, at) - 1
             yield number
-            at = self._text.find(part, self._starts[number + 1])
+            at = self._text.find(wanted, self._starts[number + 1])
 
 
 # ==============================================================================

@@ -11378,10 +11378,10 @@ class TestQuery:
         snippet, line = lm.cut_snippet(text.encode(), passage.line, passage.column)
         assert "needle" in snippet and line == 1 and set(snippet) == {letter, *" needle"}
 
-    @hypothesis.given(paths=st.lists(st.text(alphabet="abAB/._İ", min_size=1, max_size=12), max_size=12),
-                      part=st.text(alphabet="ab/.", min_size=1, max_size=3))
+    @hypothesis.given(paths=st.lists(st.text(alphabet="abAB/._İ🙂", min_size=1, max_size=12), max_size=12),
+                      part=st.text(alphabet="ab/.🙂", min_size=1, max_size=3))
     def test_a_list_of_paths_finds_every_part_of_one(self, paths, part):
-        wanted = [path for path in paths if part in (path.lower() if len(path.lower()) == len(path) else path)]
+        wanted = [path for path in paths if part in path.lower()]
         assert lm.PathList(paths).containing(part, 100) == wanted
 
     def test_paths_with_the_most_words_come_first(self):
