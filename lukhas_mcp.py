@@ -14920,7 +14920,7 @@ class IndexWriter:
             return
         text = document.text or ""
         changed_ns = document.changed_ns
-        if self._clock.now_s() * 1e9 - changed_ns < _RACY_NS:
+        if abs(self._clock.now_s() * 1e9 - changed_ns) < _RACY_NS:  # later by more: the clock was set back since
             changed_ns -= 1  # differs from the file's, so the next sweep reads it again
         row = self._execute("INSERT INTO docs VALUES (NULL,?,?,?,?,?)", path, changed_ns, document.size,
                             text.count("\n") + (not text.endswith("\n") and text != ""),
@@ -15024,7 +15024,8 @@ class IndexReader:
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "near")
 
     def _connect(self, cache_size: int) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, check_same_thread=False)
+        place = f"file:{urllib.parse.quote(self.path)}?mode=rw"  # an index that is gone is not to come back empty
+        connection = sqlite3.connect(place, timeout=1.0, isolation_level=None, check_same_thread=False, uri=True)
         connection.execute("PRAGMA query_only=ON")
         connection.execute(f"PRAGMA cache_size={cache_size}")
         return connection
@@ -15054,7 +15055,7 @@ class IndexReader:
 
     def _load_paths(self) -> None:
         """Read the list of paths again if the writer has changed anything."""
-        changes = self._all("SELECT value FROM meta WHERE key='changes'")[0][0]
+        changes = self._all("SELECT max(value) FROM meta WHERE key='changes'")[0][0]
         if changes != self._changes:
             rows = self._all(f"SELECT path FROM docs WHERE state >= {_PATH_ONLY}")
             self._paths, self._changes, self.total = PathList(row[0] for row in rows), changes, len(rows)
@@ -15250,11 +15251,7 @@ class Finder:
         self._asked_s = now_s
         if is_first and self._process and self.state.state == "ready" and now_s - self._swept_s > _STALE_S:
             await asyncio.wait({self._sweep()}, timeout=_SWEEP_WAIT_S)
-        hits, is_whole, stale, fault = await self._run(self._shelf.find, text, limit)
-        if fault:
-            log.warning("%s; it is made anew", fault)
-            self.state = IndexState("building")
-            self._order({"forget": True})
+        hits, is_whole, stale = await self._run(self._shelf.find, text, limit)
         if stale:
             self._order({"refresh": stale})
         return hits, is_whole
@@ -15278,8 +15275,14 @@ class Finder:
             self.remote = found.result()
 
     def _take_index(self, path: str) -> None:
-        self._pool.submit(self._shelf.open_index, path)
+        tell = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, self._give_up_index)
+        self._pool.submit(self._shelf.open_index, path, tell)
         self.state = IndexState("ready")
+
+    def _give_up_index(self, fault: str) -> None:
+        log.warning("%s; it is made anew", fault)
+        self.state = IndexState("building")
+        self._order({"forget": True})
 
     def _sweep(self) -> asyncio.Future[None]:
         """Ask for a sweep; the future ends with it, or with the indexer."""
@@ -15395,10 +15398,9 @@ class _Shelf:
     """
 
     def __init__(self, corpus: Corpus, clock: Clock):
-        self._corpus = corpus
-        self._clock = clock
+        self._corpus, self._clock = corpus, clock
         self._reader: IndexReader | None = None
-        self._fault = ""  # why there is none
+        self._tell_fault: Callable[[str], Any] = log.warning  # why it can't be read: at once, a call may be canceled
         self._paths = PathList(())
         self._paths_s = -1e9
         self._fresh: dict[str, float] = {}  # and when git was asked whether it is ignored
@@ -15413,14 +15415,15 @@ class _Shelf:
         while len(self._fresh) > _MAX_FRESH:
             self._fresh.pop(next(iter(self._fresh)), None)
 
-    def open_index(self, path: str) -> None:
-        """Read from this file from now on."""
+    def open_index(self, path: str, tell_fault: Callable[[str], Any]) -> None:
+        """Read from this file from now on; `tell_fault` is called when that fails."""
+        self._tell_fault = tell_fault
         if self._reader is None or self._reader.path != path:
             self.close()
             try:
-                self._reader, self._fault = IndexReader(path), ""
+                self._reader = IndexReader(path)
             except Unavailable as error:
-                self._fault = error.message
+                tell_fault(error.message)
 
     def close(self) -> None:
         """Close the index."""
@@ -15436,31 +15439,30 @@ class _Shelf:
             self._paths = PathList(tracked if is_long else self._corpus.list_paths())
         self._paths_s = self._clock.monotonic_s() - (_PATHS_S - 1.0) * is_long  # the whole one is due in a second
 
-    def find(self, text: str, limit: int) -> tuple[list[Hit], bool, list[str], str]:
-        """Hits; whether texts were searched; paths that the index has not as they are now; what is wrong with it."""
-        query, candidates = parse_query(text), None
-        unread = self._list_fresh()  # first: what the index takes up after this, it finds itself
+    def find(self, text: str, limit: int) -> tuple[list[Hit], bool, list[str]]:
+        """Hits; whether texts were searched; paths that the index has not as they are now."""
+        query = parse_query(text)
+        try:
+            return self._find(query, limit)
+        except Unavailable as error:
+            self._tell_fault(error.message)
+            self.close()
+            return self._find(query, limit)
+
+    def _find(self, query: Query, limit: int) -> tuple[list[Hit], bool, list[str]]:
+        unread, is_whole = self._list_fresh(), True  # first: what the index takes up after this, it finds itself
         if self._reader is not None:
-            try:
-                candidates = self._reader.find(query)
-            except Unavailable as error:
-                self._fault = error.message
-                self.close()
-        is_whole = candidates is not None
-        if candidates is None:
-            candidates = self._find_by_path(query)
+            candidates = self._reader.find(query)
+        else:
+            if self._clock.monotonic_s() - self._paths_s > _PATHS_S:
+                self.load_paths()
+            candidates = Candidates(self._paths.matching(query, _BY_PATH), weigh(query, {}, 1))
             is_whole = len(self._paths.paths) <= _SCANNED_FILES
             unread += self._paths.paths if is_whole else []
         found = {one.path: one for one in candidates.found}
         self._add_unread(query, found, candidates.weights, unread)
         hits = self._rank_by_text(rank_by_name(query, found.values()), candidates.weights, limit)
-        fault, self._fault = self._fault, ""
-        return hits, is_whole, self._find_stale(hits), fault
-
-    def _find_by_path(self, query: Query) -> Candidates:
-        if self._clock.monotonic_s() - self._paths_s > _PATHS_S:
-            self.load_paths()
-        return Candidates(self._paths.matching(query, _BY_PATH), weigh(query, {}, 1))
+        return hits, is_whole, self._find_stale(hits)
 
     def _list_fresh(self) -> list[str]:
         """Own writes that the index does not have yet, and will have."""
@@ -15468,10 +15470,10 @@ class _Shelf:
         known = self._reader.states_of(list(fresh)) if self._reader and fresh else {}
         due = [path for path, asked_s in fresh.items() if now_s - asked_s > _PATHS_S and path not in known]
         ignored = self._corpus.find_ignored(due)
-        self._fresh.update(dict.fromkeys(due, now_s))
-        for path in fresh:
-            if path in ignored or self._reader is not None and known.get(path) == self._look_at(path):
-                self._fresh.pop(path, None)
+        for path, asked_s in fresh.items():
+            self._fresh.pop(path, None)  # first: one that is written again while it is looked at is noted again
+            if path not in ignored and not (self._reader is not None and known.get(path) == self._look_at(path)):
+                self._fresh.setdefault(path, now_s if path in due else asked_s)
         return list(self._fresh)
 
     def _add_unread(self, query: Query, found: dict[str, Found], weights: Mapping[str, float],
@@ -15610,8 +15612,10 @@ def _serve_orders(writer: IndexWriter, works: queue.SimpleQueue[dict[str, Any] |
     while (work := works.get()) is not None:
         if "forget" in work:
             writer.forget()
-        if not os.path.exists(writer.path) and not writer.open():
-            return _build_index(writer, tell, clock)
+        if not os.path.exists(writer.path):
+            if not writer.open():
+                return _build_index(writer, tell, clock)
+            tell(state="ready", path=writer.path, files=writer.count())  # another process has made it
         if "refresh" in work:
             writer.refresh(work["refresh"])
         else:
@@ -16940,8 +16944,8 @@ async def tool_search(services: Services, call: Call) -> ToolResult:
     if not text.strip():
         raise InvalidArguments("query is blank; give words, a name, a part of a path, or an id")
     searching = asyncio.create_task(services.finder.find(text, limit))
-    await services.clock.sleep(0)  # the files are searched in a thread of their own, and meanwhile the operations here
     try:
+        await services.clock.sleep(0)  # the files are searched in a thread of their own, and meanwhile the operations here
         operations = rank_operations(text, list_operations(services.store, text))[:(limit + 1) // 2]
     finally:
         hits, is_whole = await searching

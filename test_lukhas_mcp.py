@@ -12762,6 +12762,20 @@ class TestIndex:
             reader.find(lm.parse_query("guide"))
         assert writer.try_build() and "docs/guide.md" in paths_of(writer, "guide")
 
+    def test_an_index_that_is_gone_does_not_come_back_empty(self, repo, tmp_path):
+        writer = open_index(repo, tmp_path / "state")
+        os.unlink(writer.path)
+        with pytest.raises(lm.Unavailable, match="the index can't be opened"):
+            lm.IndexReader(writer.path)
+        assert not os.path.exists(writer.path)
+
+    def test_a_clock_that_was_set_back_makes_no_work(self, repo, tmp_path):
+        clock = lm.SystemClock()
+        clock.now_s = lambda: time.time() - 3600
+        (tmp_path / "state").mkdir()
+        writer = lm.IndexWriter(open_corpus(repo), str(tmp_path / "state"), print, clock)
+        assert writer.try_build() and writer.sweep() == 0
+
     def test_progress_is_told(self, repo, tmp_path):
         told: list[tuple[int, int]] = []
         put_files(repo, **{".env": "is not counted"})
@@ -12875,6 +12889,26 @@ class TestFinder:
                 assert await found_paths(finder, "okapi") == ["new.txt"]
         run_async(main())
 
+    def test_an_own_write_during_the_look_at_an_earlier_one_is_found(self, repo, tmp_path, monkeypatch):
+        grow_old(repo)
+        path, look_at, written = open_index(repo, tmp_path / "state").path, lm._Shelf._look_at, []
+
+        def look_and_write(shelf, rel):
+            seen = look_at(shelf, rel)
+            if not written:
+                written.append(put_files(repo, **{rel: "an okapi"}))
+                shelf.note([rel])
+            return seen
+
+        async def main():
+            async with open_finder(repo, tmp_path / "state", is_started=False) as finder:
+                finder._take_index(path)
+                monkeypatch.setattr(lm._Shelf, "_look_at", look_and_write)
+                finder.note_change("docs/guide.md")
+                await found_paths(finder, "rollback")
+                assert written and await found_paths(finder, "okapi") == ["docs/guide.md"]
+        run_async(main())
+
     def test_an_own_write_to_an_ignored_file_is_not_found(self, repo, tmp_path):
         put_files(repo, **{".gitignore": "*.log\n", "a.log": "okapi"})
 
@@ -12929,6 +12963,20 @@ class TestFinder:
                 await until(is_seen)
         run_async(main(), 40)
 
+    def test_an_index_that_another_server_has_made_anew_is_taken_up(self, repo, tmp_path):
+        async def main():
+            async with open_finder(repo, tmp_path / "state") as one, open_finder(repo, tmp_path / "state") as other:
+                await until(lambda: one.state.state == other.state.state == "ready" and one.process_id and other.process_id)
+                first = lm.find_index(str(tmp_path / "state"), str(repo))
+                one._order({"forget": True})
+                await until(lambda: lm.find_index(str(tmp_path / "state"), str(repo)) not in (None, first))
+                put_files(repo, **{"new.txt": "an okapi"})
+
+                async def is_seen():
+                    return await found_paths(other, "okapi") == ["new.txt"]
+                await until(is_seen)
+        run_async(main(), 40)
+
     def test_a_killed_indexer_is_started_again(self, repo, tmp_path):
         async def main():
             async with open_finder(repo, tmp_path / "state") as finder:
@@ -12972,6 +13020,34 @@ class TestFinder:
                 await until(is_seen)
             assert not damaged.exists()
         run_async(main(), 40)
+
+    @pytest.mark.parametrize("is_canceled", [False, True])
+    def test_an_index_that_spoils_under_own_writes_is_made_anew(self, repo, tmp_path, monkeypatch, is_canceled):
+        spoilt, asked, list_fresh = open_index(repo, tmp_path / "state").path, threading.Event(), lm._Shelf._list_fresh
+
+        def tell_and_list(shelf):
+            asked.set()
+            return list_fresh(shelf)
+        monkeypatch.setattr(lm._Shelf, "_list_fresh", tell_and_list)
+
+        async def main():
+            async with open_finder(repo, tmp_path / "state", is_started=False) as finder:
+                finder._take_index(spoilt)
+                assert await found_paths(finder, "rollback") == ["docs/guide.md"]
+                with contextlib.closing(sqlite3.connect(spoilt)) as connection:
+                    connection.execute("DROP TABLE docs")
+                finder.note_change("docs/guide.md")
+                asked.clear()
+                searching = asyncio.create_task(found_paths(finder, "rollback"))
+                while not asked.is_set():
+                    await asyncio.sleep(0)
+                if is_canceled:
+                    searching.cancel()
+                    await asyncio.wait({searching})
+                else:
+                    assert await searching == ["docs/guide.md"]
+                await until(lambda: finder.state.state == "building")
+        run_async(main())
 
     def test_without_an_index_the_paths_of_a_large_repository_are_searched(self, tmp_path):
         put_files(tmp_path / "repo", **{f"src/part{number}.txt": "okapi" for number in range(401)})
