@@ -11153,6 +11153,7 @@ def _covers(items: Sequence[_GlobItem], subject: Sequence[str], star: str,
 _MAX_PATCH_BYTES = 4 * 2**20
 _MAX_PATCHED_BYTES = 16 * 2**20
 _MAX_HUNKS = 2000
+_MAX_COMPARED_PAIRS = 2**28  # of lines, 64 at a time
 _MAX_COMPARED = 2_000_000  # lines compared in search of places; equal lines would make it quadratic
 
 _HUNK_HEADER = re.compile(rb"@@ -(\d{1,9})(?:,(\d{1,9}))? \+(\d{1,9})(?:,(\d{1,9}))? @@")
@@ -11269,6 +11270,30 @@ def _shown_line(line: bytes) -> str:
     return repr(line[:160].decode("utf-8", "replace")) if line else "nothing"
 
 
+def count_changed_lines(old: bytes, new: bytes) -> tuple[int, int]:
+    """How many lines a change adds and removes: the fewest that do, or all that differ where these are too many."""
+    olds, news = _split_lines(old), _split_lines(new)
+    for _ in range(2):  # the same end, then the same beginning
+        while olds and news and olds[-1] == news[-1]:
+            olds.pop(), news.pop()
+        olds.reverse(), news.reverse()
+    shorter, longer = sorted((olds, news), key=len)
+    kept = _count_shared(shorter, longer) if len(shorter) * len(longer) <= _MAX_COMPARED_PAIRS else 0
+    return len(news) - kept, len(olds) - kept
+
+
+def _count_shared(shorter: list[bytes], longer: list[bytes]) -> int:
+    """The length of the longest common subsequence, a bit of one number for each line (Hyyrö 2004)."""
+    places: dict[bytes, int] = {}
+    for at, line in enumerate(shorter):
+        places[line] = places.get(line, 0) | 1 << at
+    all_bits = row = (1 << len(shorter)) - 1
+    for line in longer:
+        met = row & places.get(line, 0)
+        row = (row + met | row - met) & all_bits
+    return len(shorter) - row.bit_count()
+
+
 # -- reading ------------------------------------------------------------------
 
 
@@ -11315,11 +11340,13 @@ def _read_head(head: list[bytes], path: str, *, has_hunks: bool) -> tuple[bool, 
         elif row.startswith(b"diff --git ") and b"diff" not in names:
             names[b"diff"] = b""
             _check_git_line(row[11:].rstrip(b"\r"), path)
-        elif mark in (b"--- ", b"+++ ") or row.startswith(b"diff --git "):
+        elif row.startswith(b"Index: ") and b"Index" not in names:  # svn
+            names[b"Index"] = row[7:].rstrip(b"\r")
+        elif mark in (b"--- ", b"+++ ") or row.startswith((b"diff --git ", b"Index: ")):
             raise InvalidArguments("Invalid patch: more than one file; send one call for each")
         elif re.match(rb"(old|new|new file) mode 100(644|755)\r?$", row):
             notes += ["the file mode in the diff is not applied"] * (b"100755" in row and not notes)
-        elif row.strip() and not re.match(rb"(index |similarity |dissimilarity )", row):
+        elif row.strip() and not re.match(rb"(index |similarity |dissimilarity |diff -[^-]|={67}\r?$)", row):
             raise InvalidArguments(f"Invalid patch: line {number} is no part of a unified diff: "
                                    f"{_shown_line(row)}")
     _check_names(names, path)
@@ -12300,7 +12327,7 @@ class Written:
     size: int
     sha256: str | None
     previous_sha256: str | None
-    created_at: str
+    created_at: str | None
     modified_at: str
     created: bool
 
@@ -12579,8 +12606,12 @@ class Repository:
                 replaced = _expect(new_folder, new_name, change.target, change.target_sha256)
                 if replaced is None:
                     take_name(folder, name, new_name, new_folder)
-                    with contextlib.suppress(FileNotFoundError):  # without links it has moved already
-                        os.unlink(name, dir_fd=folder)
+                    try:
+                        with contextlib.suppress(FileNotFoundError):  # without links it has moved already
+                            os.unlink(name, dir_fd=folder)
+                    except OSError as error:
+                        os.unlink(new_name, dir_fd=new_folder)  # else the file had two names
+                        raise explain_os_error(error, change.rel) from None
                 elif os.path.samestat(current.status, replaced.status):
                     os.unlink(name, dir_fd=folder)  # two names of one file: rename would do nothing
                 else:
@@ -12669,10 +12700,10 @@ def _expect(folder: int, name: str, rel: str, sha256: str | None) -> _Current | 
 
 
 def _check_untouched(folder: int, name: str, rel: str, current: _Current) -> None:
-    """Whether no other program has changed the file while the new one was brought to the disk."""
+    """Raise Conflict if another program has changed the file while the new one was brought to the disk."""
     now, then = os.stat(name, dir_fd=folder, follow_symlinks=False), current.status
     if (now.st_ino, now.st_size, now.st_mtime_ns) != (then.st_ino, then.st_size, then.st_mtime_ns):
-        raise Conflict(f"File was changed by another program just now: {rel}; fetch it again")
+        _expect(folder, name, rel, current.sha256)
 
 
 # -- deeds --------------------------------------------------------------------
@@ -16417,6 +16448,7 @@ class Call:
     warnings: list[str] = field(default_factory=list)
     is_confirmed: bool = False  # the person at the client agreed
     audit_id: int | None = None  # of what it changed, for undo_change
+    planned: dict[str, Any] = field(default_factory=dict)  # what a dry run adds to the answer
 
     def get(self, name: str) -> Any:
         """An argument, or None."""
@@ -16633,6 +16665,8 @@ async def _run_tool(services: Services, call: Call) -> dict[str, Any] | ToolResu
         services.reads.note(call.actor.name, one.name, services.config.audit)
     result = await one.handler(services, call)
     document = result.document if isinstance(result, ToolResult) else result
+    for key, value in call.planned.items():
+        document.setdefault(key, value)
     if call.audit_id and document is not None:
         document["auditId"] = call.audit_id
     if call.warnings and document is not None:
@@ -17142,7 +17176,7 @@ def to_task(state: WorkState, *, is_full: bool = False) -> dict[str, Any]:
 
 # ==============================================================================
 # 60. FileTools -- the repository as tools: read, list, find, write
-# uses: Ground, Errors, Vocabulary, Schema, Store, Contents, Repository, Toolkit, SearchTools
+# uses: Ground, Errors, Vocabulary, Schema, Store, Patch, Contents, Repository, Toolkit, SearchTools
 # ==============================================================================
 # A change is told before it happens and after: the intent is on the disk, the bytes change, the row
 # that says so is committed, then the caller is answered. An intent that a dead process left open is
@@ -17153,9 +17187,11 @@ PATH = string("Relative to the repository.", min_length=1, max_length=4096)
 ENCODING = string("utf8, utf16le, latin1, ascii, base64 or hex.", default="utf8")
 EXPECTED = string("The sha256 that the file must have now.", min_length=64, max_length=64)
 CONTENTS = string("What the file shall hold.")
+DRY_RUN = boolean("Only tell what would come of it, with a diffstat.", default=False)
+PLANNED = dict(dryRun=boolean(), diffstat=mapping("Of a dry run: added, removed."))
 WRITTEN = shape(("path", "size"), path=string(), relativePath=string(), size=integer(), created=anything(),
                 modified=string(), encoding=string(), sha256=anything("", "string", "null"),
-                template=anything("", "string", "null"), appended=integer(), warnings=array(string()))
+                template=anything("", "string", "null"), appended=integer(), warnings=array(string()), **PLANNED)
 LISTED = shape(("items", "truncated"), items=array(mapping()), truncated=boolean())
 
 
@@ -17169,12 +17205,14 @@ async def change_file(services: Services, call: Call, prepare: Callable[[], Chan
     """Prepare and make a change with its intent and its outcome on record, and keep what it replaces.
 
     All in one thread, since each step back to the loop takes as long as the step. `undoes` is the audit id
-    of the change that this one takes back.
+    of the change that this one takes back. A dry run ends behind the preparation.
     """
     note = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, services.finder.note_change)
 
     def make() -> tuple[Change, Written]:
         change = prepare()
+        if call.get("dryRun"):
+            return change, plan_change(services, call, change)
         details = change.to_details() | ({"undoes": undoes} if undoes else {})
         begun = services.store.write_aside(lambda tx: begin_intent(tx, call, change, details))
 
@@ -17192,6 +17230,16 @@ async def change_file(services: Services, call: Call, prepare: Callable[[], Chan
         call.audit_id = end("done")
         return change, written
     return await in_thread(make)
+
+
+def plan_change(services: Services, call: Call, change: Change) -> Written:
+    """What a change would leave behind; the answer tells how many lines it adds and removes, of texts that are kept."""
+    is_new, now = change.old_sha256 is None, utc_text(services.clock.now_s())
+    old = change.before if (change.target_sha256 if change.kind == "rename" else change.old_sha256) else b""
+    is_text = old is not None and b"\0" not in old + change.contents
+    added, removed = count_changed_lines(old, change.contents) if is_text else (None, None)
+    call.planned = {"dryRun": True, "diffstat": {"added": added, "removed": removed}}
+    return Written(change.target or change.rel, change.size, change.new_sha256, change.old_sha256, now if is_new else None, now, is_new)
 
 
 def begin_intent(tx: Transaction, call: Call, change: Change, details: dict[str, Any]) -> int:
@@ -17286,7 +17334,7 @@ async def put_file(services: Services, call: Call, path: str, contents: bytes, m
 
 @tool("write_file", title="Write a file", hints=OVERWRITES, role="operator", level="changes",
       arguments=shape(("path", "contents"), path=PATH, contents=CONTENTS, encoding=ENCODING, expectSha256=EXPECTED,
-                      overwrite=boolean("Replace a file that exists.", default=False)),
+                      overwrite=boolean("Replace a file that exists.", default=False), dryRun=DRY_RUN),
       output=WRITTEN, examples=({"path": "notes/a.txt", "contents": "alpha\n"},))
 async def tool_write_file(services: Services, call: Call) -> dict[str, Any]:
     """Write a file, with the folders above it; one that exists only with overwrite."""
@@ -17299,7 +17347,7 @@ async def tool_write_file(services: Services, call: Call) -> dict[str, Any]:
 
 @tool("create_file", title="Create a file", hints=WRITES, role="operator", level="changes",
       arguments=shape(("path", "contents"), path=PATH, contents=CONTENTS, encoding=ENCODING,
-                      template=string("python or markdown puts a header in front.", max_length=40)),
+                      template=string("python or markdown puts a header in front.", max_length=40), dryRun=DRY_RUN),
       output=WRITTEN, examples=({"path": "notes/b.txt", "contents": "beta\n"},))
 async def tool_create_file(services: Services, call: Call) -> dict[str, Any]:
     """Create a file that must not exist yet."""
@@ -17313,7 +17361,7 @@ async def tool_create_file(services: Services, call: Call) -> dict[str, Any]:
 
 @tool("update_file", title="Update a file", hints=OVERWRITES, role="operator", level="changes",
       arguments=shape(("path", "contents", "expectSha256"), path=PATH, contents=CONTENTS, encoding=ENCODING,
-                      expectSha256=EXPECTED),
+                      expectSha256=EXPECTED, dryRun=DRY_RUN),
       output=WRITTEN, examples=({"path": "notes/b.txt", "contents": "gamma\n", "expectSha256": "0" * 64},))
 async def tool_update_file(services: Services, call: Call) -> dict[str, Any]:
     """Replace a file whose sha256 you know, so that nobody's work is lost."""
@@ -17324,7 +17372,8 @@ async def tool_update_file(services: Services, call: Call) -> dict[str, Any]:
 
 @tool("append_file", title="Append to a file", hints=WRITES, role="operator", level="changes",
       arguments=shape(("path", "contents"), path=PATH, contents=string("What comes behind."), encoding=ENCODING,
-                      ensureNewline=boolean("End the file's last line first.", default=True), expectSha256=EXPECTED),
+                      ensureNewline=boolean("End the file's last line first.", default=True), expectSha256=EXPECTED,
+                      dryRun=DRY_RUN),
       output=WRITTEN, examples=({"path": "notes/b.txt", "contents": "delta\n"},))
 async def tool_append_file(services: Services, call: Call) -> dict[str, Any]:
     """Put text behind what a file holds."""
@@ -17340,28 +17389,28 @@ async def tool_append_file(services: Services, call: Call) -> dict[str, Any]:
 
 @tool("rename_file", title="Rename a file", hints=OVERWRITES, role="operator", level="changes",
       arguments=shape(("from", "to"), **{"from": PATH, "to": PATH}, expectSha256=EXPECTED,
-                      overwrite=boolean("Replace a file that exists.", default=False)),
+                      overwrite=boolean("Replace a file that exists.", default=False), dryRun=DRY_RUN),
       output=shape(("from", "to", "size", "moved"), **{"from": string(), "to": string()}, size=integer(),
-                   moved=boolean(), sha256=anything("", "string", "null"), warnings=array(string())),
+                   moved=boolean(), sha256=anything("", "string", "null"), warnings=array(string()), **PLANNED),
       examples=({"from": "notes/a.txt", "to": "notes/c.txt"},))
 async def tool_rename_file(services: Services, call: Call) -> dict[str, Any]:
     """Give a file another name or folder."""
     prepare = functools.partial(services.repository.prepare_rename, call.get("from"), call.get("to"),
                                 overwrite=call.get("overwrite"), expect_sha256=call.get("expectSha256"))
     change, written = await change_file(services, call, prepare)
-    return {"from": change.rel, "to": written.rel, "size": written.size, "moved": True, "sha256": written.sha256}
+    return {"from": change.rel, "to": written.rel, "size": written.size, "moved": not call.get("dryRun"), "sha256": written.sha256}
 
 
 @tool("delete_file", title="Delete a file", hints=STOPS | {"idempotentHint": False}, role="operator", level="changes",
-      arguments=shape(("path", "expectSha256"), path=PATH, expectSha256=EXPECTED),
+      arguments=shape(("path", "expectSha256"), path=PATH, expectSha256=EXPECTED, dryRun=DRY_RUN),
       output=shape(("path", "deleted"), path=string(), deleted=boolean(), previousSha256=string(),
-                   warnings=array(string())),
+                   warnings=array(string()), **PLANNED),
       examples=({"path": "notes/c.txt", "expectSha256": "0" * 64},))
 async def tool_delete_file(services: Services, call: Call) -> dict[str, Any]:
     """Delete a file whose sha256 you know."""
     prepare = functools.partial(services.repository.prepare_delete, call.get("path"), call.get("expectSha256"))
     _, written = await change_file(services, call, prepare)
-    return {"path": written.rel, "deleted": True, "previousSha256": written.previous_sha256}
+    return {"path": written.rel, "deleted": not call.get("dryRun"), "previousSha256": written.previous_sha256}
 
 
 async def operate(services: Services, call: Call, mode: str, contents: str) -> tuple[Written | None, ToolResult | None]:
@@ -17377,12 +17426,12 @@ async def operate(services: Services, call: Call, mode: str, contents: str) -> t
 
 OPERATED = shape(("success", "operation"), success=boolean(), operation=string(), path=string(), relativePath=string(),
                  size=integer(), encoding=string(), overwritten=boolean(), template=anything("", "string", "null"),
-                 timestamp=string(), error=string(), sha256=string(), warnings=array(string()))
+                 timestamp=string(), error=string(), sha256=string(), warnings=array(string()), **PLANNED)
 
 
 @tool("writeFile", title="Write a file (camel case)", hints=OVERWRITES, role="operator", level="changes",
       arguments=shape(("path", "content"), path=PATH, content=CONTENTS, encoding=ENCODING, expectSha256=EXPECTED,
-                      overwrite=boolean("Replace a file that exists.", default=False)),
+                      overwrite=boolean("Replace a file that exists.", default=False), dryRun=DRY_RUN),
       output=OPERATED, examples=({"path": "notes/d.txt", "content": "one\n"},))
 async def tool_writeFile(services: Services, call: Call) -> dict[str, Any] | ToolResult:
     """Write a file; the same as write_file for clients that know it by this name."""
@@ -17396,7 +17445,7 @@ async def tool_writeFile(services: Services, call: Call) -> dict[str, Any] | Too
 
 @tool("createFile", title="Create a file (camel case)", hints=WRITES, role="operator", level="changes",
       arguments=shape(("path", "content"), path=PATH, content=CONTENTS, encoding=ENCODING,
-                      template=string("python or markdown puts a header in front.", max_length=40)),
+                      template=string("python or markdown puts a header in front.", max_length=40), dryRun=DRY_RUN),
       output=OPERATED, examples=({"path": "notes/e.txt", "content": "one\n"},))
 async def tool_createFile(services: Services, call: Call) -> dict[str, Any] | ToolResult:
     """Create a file; the same as create_file for clients that know it by this name."""
@@ -17437,7 +17486,7 @@ _DIFFERENCE = dict(files=array(mapping("path, status, added, removed, from.")), 
                       expectSha256=string("The sha256 that the file must have now; empty for a new file.",
                                           max_length=64),
                       allowCreate=boolean("Make the file if it is not there.", default=False),
-                      dryRun=boolean("Only tell what would come of it.", default=False)),
+                      dryRun=DRY_RUN),
       output=shape(("path", "bytesWritten", "sha256", "created"), path=string(), bytesWritten=integer(),
                    previousSha256=_MAYBE_TEXT, sha256=string(), created=boolean(), dryRun=boolean(),
                    diffstat=mapping("added, removed, hunks."), notes=array(string()),
@@ -17451,7 +17500,7 @@ async def tool_apply_patch(services: Services, call: Call) -> dict[str, Any]:
     """
     prepare = functools.partial(services.repository.prepare_patch, call.get("path"), call.get("patch"),
                                 expect_sha256=call.get("expectSha256"), allow_create=call.get("allowCreate"))
-    change = await in_thread(prepare) if call.get("dryRun") else (await change_file(services, call, prepare))[0]
+    change, _ = await change_file(services, call, prepare)
     result = change.patch
     return {"path": change.rel, "bytesWritten": 0 if call.get("dryRun") else change.size,
             "previousSha256": change.old_sha256, "sha256": change.new_sha256,
@@ -18587,6 +18636,8 @@ async def tool_undo(services: Services, call: Call) -> ToolResult | dict[str, An
     listed, is_cut = await read_aside(services, lambda effects: list_undoables(
         effects, call.get("actor"), call.get("session") or "", since, call.get("limit")))
     is_dry = call.get("dryRun")
+    if is_cut:
+        call.warnings.append(f"there are more than these {len(listed)}; call undo again for those before them")
     if is_dry:
         changes, conflict = [one.to_wire("would be undone") for one in listed], None
     else:
@@ -22575,10 +22626,17 @@ def _drain(options: argparse.Namespace, flags: dict[str, str]) -> int:
 def _undo(options: argparse.Namespace, flags: dict[str, str]) -> int:
     """Take back what an actor did and print each change; 1 when something had moved on."""
     arguments = {"actor": options.actor, "session": getattr(options, "session", None),
-                 "since": getattr(options, "since", None), "dryRun": getattr(options, "dry_run", False)}
-    document = asyncio.run(_call_here(load_config(flags), "undo", arguments))
-    for one in document.get("changes", ()):
-        print(f"{one['auditId']:>7}  {one['at']}  {one['outcome']:<15}  {one['what']}")
+                 "since": getattr(options, "since", None), "dryRun": getattr(options, "dry_run", False), "limit": 1000}
+    config, is_over, found = load_config(flags), False, 0
+    while not is_over:
+        document = asyncio.run(_call_here(config, "undo", arguments))
+        for one in document.get("changes", ()):
+            print(f"{one['auditId']:>7}  {one['at']}  {one['outcome']:<15}  {one['what']}", flush=True)
+        found += len(document.get("changes", ()))
+        is_over = arguments["dryRun"] or "error" in document or document["complete"]
+        arguments["since"] = document.get("since")
+    if not found and "error" not in document:
+        print(f"lukhas_mcp: nothing that {options.actor} did since {document['since']} is left to undo", file=sys.stderr)
     for text in (document.get("error"), *document.get("warnings", ())):
         if text:
             print(f"lukhas_mcp: {text}", file=sys.stderr)

@@ -10261,6 +10261,11 @@ def edited_file(chance):
     return before, after, b"".join(b"other %d\n" % number for number in range(chance.choice([0, 0, 1, 5, 120])))
 
 
+def is_part_of(lines, whole):
+    rest = iter(whole)
+    return all(line in rest for line in lines)
+
+
 class TestPatch:
     def test_the_golden_patch_applies(self):
         result = lm.apply_patch(PATCHED, "--- a/docs/guide.md\n+++ b/docs/guide.md\n" + GOOD_HUNK, "docs/guide.md")
@@ -10278,6 +10283,7 @@ class TestPatch:
         "--- a/d/f\n+++ b/d/f\n", "--- d/f\n+++ d/f\n", "--- a/d/f\t2025-01-01 00:00:00\n+++ b/d/f\t2025-01-01\n", "",
         "diff --git a/d/f b/d/f\nindex 12ab..34cd 100644\n--- a/d/f\n+++ b/d/f\n", "--- a/d/f\r\n+++ b/d/f\r\n",
         "--- \"a/d/f\"\n+++ \"b/d/\\146\"\n", "\n--- i/d/f\n+++ w/d/f\n", "diff --git d/f d/f\n",
+        "Index: d/f\n" + "=" * 67 + "\n--- d/f\t(revision 1)\n+++ d/f\t(working copy)\n", "diff -ru a/d/f b/d/f\n--- a/d/f\n+++ b/d/f\n",
     ])
     def test_headers_that_name_the_path(self, head):
         assert lm.apply_patch(b"a\nb\n", head + "@@ -1,2 +1,2 @@\n a\n-b\n+c\n", "d/f").new == b"a\nc\n"
@@ -10293,6 +10299,7 @@ class TestPatch:
         ("--- a/g\n+++ b/g\n" + GOOD_HUNK, "its header names 'a/g', the call names 'f'"),
         ("--- a/f\n+++ b/../f\n" + GOOD_HUNK, "its header names"),
         ("diff --git a/x b/x\n" + GOOD_HUNK, "its header names"),
+        ("Index: g\n" + GOOD_HUNK, "its header names 'g'"), ("Index: f\nIndex: g\n" + GOOD_HUNK, "more than one file"),
         ("--- a/f\n" + GOOD_HUNK, "belong together"), ("--- a/f\n+++ /dev/null\n" + GOOD_HUNK, "use delete_file"),
         ("diff --git a/f b/f\nrename from f\n" + GOOD_HUNK, "use rename_file"),
         ("new file mode 120000\n" + GOOD_HUNK, "symbolic link"), ("GIT binary patch\n" + GOOD_HUNK, "binary"),
@@ -10336,6 +10343,19 @@ class TestPatch:
             lm.apply_patch(b"x\n" * 9 + PATCHED, GOOD_HUNK.replace("two", "too"), "f")
         assert refusal.value.data == {"hunk": 1, "nearestLine": 10, "line": 12,
                                       "expected": "'line too\\n'", "actual": "'line two\\n'", "untrusted": True}
+
+    @hypothesis.given(st.lists(st.sampled_from([b"a\n", b"b\n", b"\n", b"c"]), max_size=12), st.lists(st.sampled_from([b"a\n", b"b\n", b"c\n"]), max_size=12))
+    def test_changed_lines_are_the_fewest_that_would_do(self, old, new):
+        old, new = (lm._split_lines(b"".join(lines)) for lines in (old, new))
+        kept = max(size for size in range(len(old) + 1) if size == 0 or any(
+            is_part_of(lines, new) for lines in itertools.combinations(old, size)))
+        assert lm.count_changed_lines(b"".join(old), b"".join(new)) == (len(new) - kept, len(old) - kept)
+
+    def test_many_changed_lines_are_counted_in_no_time(self):
+        lines = [b"%d\n" % (number * 7919 % 10_007) for number in range(15_000)]
+        assert lm.count_changed_lines(b"".join(lines), b"".join(lines[5000:] + [b"new\n"])) == (1, 5000)
+        assert lm.count_changed_lines(b"x\n" * 10**6, b"x\n" * 10**6 + b"c\n") == (1, 0)
+        assert lm.count_changed_lines(b"1\n" + b"x\n" * 40_000 + b"2\n", b"y\n" * 40_000) == (40_000, 40_002)
 
     def test_bytes_that_are_no_line_ends_come_through(self):
         before = b"\xef\xbb\xbfbom\x0c\x0b\xe2\x80\xa8\rx\n\xff\nend"
@@ -11099,6 +11119,28 @@ class TestRepository:
             process.stdin.flush()
         won = [int(process.communicate()[0]) for process in both]
         assert min(won) > 0 and sum(won) == int((place / "n").read_text()) and not leftovers(place)
+
+    def test_what_another_program_wrote_in_the_last_moment_stays_and_is_told_of(self, files, place):
+        change = files.prepare_write("README.md", b"ours")
+        with pytest.raises(lm.Conflict, match="SHA mismatch") as refusal:
+            files.commit(change, lambda: (place / "README.md").write_text("theirs"))
+        assert refusal.value.data == {"sha256": sha(b"theirs")} and (place / "README.md").read_text() == "theirs" and not leftovers(place)
+        change = files.prepare_write("README.md", b"ours")
+        files.commit(change, lambda: os.utime(place / "README.md", (1, 1)))
+        assert (place / "README.md").read_bytes() == b"ours", "a file that was only touched is no conflict"
+
+    def test_a_rename_that_may_not_take_the_old_name_away_leaves_no_second_one(self, files, place, monkeypatch):
+        """As out of a folder that is read-only to the server's user."""
+        before, unlink = tree_of(place), os.unlink
+
+        def refuse(name, **rules):
+            if name == "README.md":
+                raise OSError(errno.EACCES, "Permission denied")
+            unlink(name, **rules)
+        monkeypatch.setattr(os, "unlink", refuse)
+        with pytest.raises(lm.Unavailable, match="no permission for it: README.md"):
+            files.commit(files.prepare_rename("README.md", "a/b/c.md"))
+        assert tree_of(place) == before
 
     def test_a_name_taken_by_another_program_in_the_last_moment_is_not_overwritten(self, files, place, monkeypatch):
         change = files.prepare_write("late.txt", b"ours")
@@ -14390,6 +14432,29 @@ class TestFileTools:
         assert (server.repo / "README.md").read_bytes() == before
         assert read_rows(server.db, "SELECT count(*) FROM file_intents") == [(0,)]
 
+    def test_a_dry_run_changes_nothing_and_tells_what_would_come_of_it(self, make_server):
+        server = make_server()
+        text = FILES["docs/guide.md"].encode()
+        digest, other = hashlib.sha256(text).hexdigest(), hashlib.sha256(b"x\ny\n").hexdigest()
+        before, lines = written_files(server.repo), text.count(b"\n")
+        for tool, arguments, sha256, diffstat in (
+                ("write_file", {"path": "docs/guide.md", "contents": "x\ny\n", "overwrite": True}, other, (2, lines)),
+                ("write_file", {"path": "new/n.txt", "contents": "x\ny\n"}, other, (2, 0)),
+                ("create_file", {"path": "new/n.txt", "contents": "x\ny\n"}, other, (2, 0)),
+                ("update_file", {"path": "docs/guide.md", "contents": text.decode() + "z", "expectSha256": digest},
+                 hashlib.sha256(text + b"z").hexdigest(), (1, 0)),
+                ("append_file", {"path": "docs/guide.md", "contents": "z"}, hashlib.sha256(text + b"z").hexdigest(), (1, 0)),
+                ("rename_file", {"from": "docs/guide.md", "to": "new/n.md"}, digest, (0, 0)),
+                ("delete_file", {"path": "docs/guide.md", "expectSha256": digest}, None, (0, lines)),
+                ("writeFile", {"path": "new/n.txt", "content": "\0", "encoding": "utf8"}, hashlib.sha256(b"\0").hexdigest(), (None, None)),
+                ("createFile", {"path": "new/n.txt", "content": "x\ny\n"}, other, (2, 0))):
+            answer = server.call(tool, **arguments, dryRun=True)
+            assert answer["dryRun"] is True and answer["diffstat"] == dict(zip(("added", "removed"), diffstat)), (tool, answer)
+            assert answer.get("sha256") == sha256 and "auditId" not in answer and not answer.get("moved") and not answer.get("deleted")
+            assert "dryRun" not in server.call_error("update_file", path="docs/guide.md", contents="", expectSha256="0" * 64, dryRun=True)
+        assert written_files(server.repo) == before and not (server.repo / "new").exists()
+        assert read_rows(server.db, "SELECT count(*) FROM audits WHERE payload_json LIKE '%intent%'") == [(0,)]
+
     @pytest.mark.parametrize("tool", ["writeFile", "createFile"])
     def test_the_camel_case_ones_answer_a_document_of_their_own(self, server, tool):
         path = f"{tool}.txt"
@@ -15175,6 +15240,7 @@ class TestUndo:
             assert (await call("operator", "undo", actor="agent", since=later))["changes"] == []
             newest = await call("operator", "undo", actor="agent", limit=1)
             assert [one["what"] for one in newest["changes"]] == ["create c.txt"] and newest["complete"] is False
+            assert "there are more than these 1" in newest["warnings"][0]
             assert sorted(path.name for path in repo.glob("?.txt")) == ["b.txt", "d.txt"]
             assert "since is 'soon'" in (await call("operator", "undo", actor="agent", since="soon"))["error"]
         undo_story(repo, story)
@@ -15245,6 +15311,20 @@ class TestUndo:
             assert await lm.read_aside(services, lambda effects: effects.reads.find_audit(hidden).audit_id) == hidden
             monkeypatch.undo()
         undo_story(repo, story)
+
+    def test_the_command_goes_on_until_all_is_taken_back(self, monkeypatch, capsys):
+        """One call of the tool takes so many changes and no more."""
+        rounds, asked = [2, 1, 0], []
+
+        async def answer(config, name, arguments):
+            asked.append(dict(arguments))
+            count = rounds.pop(0)
+            changes = [{"auditId": number, "at": "now", "outcome": "undone", "what": "create x"} for number in range(count)]
+            return {"changes": changes, "complete": count != 2, "since": "2026-01-01T00:00:00.000Z"}
+        monkeypatch.setattr(lm, "_call_here", answer)
+        assert lm.main(["undo", "--actor", "agent"]) == 0
+        assert capsys.readouterr().out.count("undone") == 3 and [one["since"] for one in asked] == [None, "2026-01-01T00:00:00.000Z"]
+        assert lm.main(["undo", "--actor", "agent"]) == 0 and "nothing that agent did since 2026-01-01" in capsys.readouterr().err
 
     def test_from_the_command_line_beside_a_running_server(self, git_server):
         path, start = git_server.repo / "cli.txt", git(git_server.repo, "rev-parse", "HEAD^{tree}")
