@@ -18338,8 +18338,13 @@ class Effects:
         return self._known[one.audit_id]
 
     def find_undo(self, one: Undoable) -> Undoable | None:
-        """The undo of a change that is in effect now."""
-        return next((undo for undo in self._undos_of(one) if self.has(undo)), None)
+        """The undo of a change that is in effect now; where it takes two steps, only when both are."""
+        steps = self.find_steps(one)
+        return steps[-1] if len(steps) > bool(one.details.get("targetSha256")) else None
+
+    def find_steps(self, one: Undoable) -> list[Undoable]:
+        """What took a change back and is in effect, oldest first; of two steps a kill may have left the first alone."""
+        return [undo for undo in self._undos_of(one) if self.has(undo)]
 
     def _gather(self, one: Undoable) -> list[Undoable]:
         found, begun = {one.audit_id: one}, [one]
@@ -18396,7 +18401,10 @@ def find_parts(effects: Effects, one: Undoable) -> list[Undoable]:
 
 
 async def _take_file_back(services: Services, call: Call, one: Undoable) -> None:
-    for prepare in plan_file_undo(services, one.details):
+    steps, begun = plan_file_undo(services, one.details), 0
+    if len(steps) > 1:
+        begun = await read_aside(services, lambda effects: len(effects.find_steps(one)))
+    for prepare in steps[begun:]:
         await change_file(services, call, prepare, undoes=one.audit_id)
 
 

@@ -15197,6 +15197,29 @@ class TestUndo:
             assert not (await call("operator", "undo_change", auditId=stopped["auditId"]))["failed"] and (repo / "b.txt").exists()
         undo_story(repo, story)
 
+    def test_an_undo_cut_off_between_its_two_steps_is_taken_up_again(self, repo, monkeypatch):
+        """A rename over a file is taken back by a rename and by writing what was there; a kill may part the two."""
+        async def story(services, call):
+            start, plan = written_files(repo), lm.plan_file_undo
+
+            def refuse(*names, **rules):
+                raise lm.Unavailable("killed")
+            made = await call("agent", "rename_file", **{"from": "README.md", "to": "src/app.py", "overwrite": True})
+            end = written_files(repo)
+
+            monkeypatch.setattr(lm, "plan_file_undo", lambda *change: [plan(*change)[0], refuse])
+            assert (await call("operator", "undo", actor="agent"))["failed"] and "src/app.py" not in written_files(repo)
+            monkeypatch.undo()
+            assert (await call("operator", "undo", actor="agent"))["undone"] == 1 and written_files(repo) == start
+            assert "undone already" in (await call("operator", "undo_change", auditId=made["auditId"]))["error"]
+            assert (await call("operator", "undo", actor="agent"))["changes"] == []
+            monkeypatch.setattr(lm.Repository, "prepare_rename", refuse)
+            assert (await call("chief", "undo", actor="operator"))["failed"] and "src/app.py" not in written_files(repo)
+            monkeypatch.undo()
+            assert (await call("chief", "undo", actor="operator"))["complete"] and written_files(repo) == end
+            assert (await call("operator", "undo_change", auditId=made["auditId"]))["outcome"] == "undone" and written_files(repo) == start
+        undo_story(repo, story)
+
     def test_it_stops_at_the_first_conflict_and_names_it(self, repo):
         async def story(services, call):
             first = await call("agent", "write_file", path="a.txt", contents="1")
