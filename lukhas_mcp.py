@@ -15338,6 +15338,8 @@ class Finder:
                 delay_s = _BACKOFF_S[0]
             if not self._is_over:
                 log.warning("the indexer has ended: %s; it starts again in %g s", fault or "without a word", delay_s)
+            if not fault:  # a full disk may have cut what was compiled, and Python 3.11 takes that for whole
+                await self._run(shutil.rmtree, os.path.join(self._folder, "compiled"), True)
             await self._clock.sleep(delay_s)
             delay_s = min(2 * delay_s, most_s)
 
@@ -15493,7 +15495,7 @@ class _Shelf:
         found = {one.path: one for one in candidates.found}
         self._add_unread(query, found, candidates.weights, unread)
         hits = self._rank_by_text(rank_by_name(query, found.values()), candidates.weights, limit)
-        return hits, is_whole, self._find_stale(hits)
+        return hits, is_whole, self._find_stale(hits, self._reader) if self._reader else []
 
     def _list_fresh(self) -> list[str]:
         """Own writes that the index does not have yet, and will have."""
@@ -15557,11 +15559,9 @@ class _Shelf:
         """(changed_ns, size) of a file now."""
         return next(((changed_ns, size) for _, changed_ns, size in self._corpus.look((path,))), None)
 
-    def _find_stale(self, hits: Sequence[Hit]) -> list[str]:
+    def _find_stale(self, hits: Sequence[Hit], reader: IndexReader) -> list[str]:
         """Hits that were read otherwise than the index knows them."""
-        if self._reader is None:
-            return []
-        known = self._reader.states_of([hit.path for hit in hits])
+        known = reader.states_of([hit.path for hit in hits])
         return [hit.path for hit in hits if hit.path not in self._texts or known.get(hit.path) != self._texts[hit.path][:2]]
 
 
@@ -16900,7 +16900,7 @@ def rank_operations(text: str, operations: Iterable[Operation]) -> list[tuple[fl
     is_about_ours = not OUR_WORDS.isdisjoint(terms)
     ranked: dict[str, tuple[float, str, Operation]] = {}
     for one in operations:
-        named = [name for name in one.names if len(name) > 2 and names_whole(lower, name.lower())]
+        named = [name for name in one.names if (len(name) > 2 or name.lower() == lower.strip()) and names_whole(lower, name.lower())]
         if named or is_about_ours:
             share = len(one.words.intersection(terms)) / max(1, len(terms))
             if share == 1.0 or share >= 0.5 and not all(map(str.isalpha, named)):

@@ -13034,6 +13034,17 @@ class TestFinder:
                 await until(is_seen)
         run_async(main(), 40)
 
+    def test_what_was_compiled_goes_when_an_indexer_ends_without_a_word(self, repo, tmp_path, monkeypatch):
+        async def end(finder):
+            return ""
+        monkeypatch.setattr(lm.Finder, "_run_indexer", end)
+        (tmp_path / "state/compiled").mkdir(parents=True)
+
+        async def main():
+            async with open_finder(repo, tmp_path / "state"):
+                await until(lambda: not (tmp_path / "state/compiled").exists())
+        run_async(main())
+
     def test_a_state_folder_that_was_cleared_away_is_made_again(self, repo, tmp_path):
         async def main():
             async with open_finder(repo, tmp_path / "state") as finder:
@@ -14124,6 +14135,7 @@ class TestSearchTools:
         for gate in "abc":
             server.call("promote_model", modelId="ns/m1", gate=gate)
         assert "to c" in server.call("search", query="ns/m1")["hits"][0]["snippet"], "what happened last"
+        assert set(server.call("search", query="m1")["ids"][:2]) == {canary, "model:m1"}, "however short a name is"
         audit = server.result("why", {"id": job})["structuredContent"]["events"][0]["auditId"]
         for key, words in ((job, "DRY_RUN"), (canary, "canary_start"), ("model:ns/m1", "promoted"),
                            ("model:m1", "no gate"), (f"audit:{audit}", "probe")):
