@@ -18435,6 +18435,8 @@ def _kept(reads: Reads, sha256: str, path: str) -> bytes:
 
 
 async def _take_commit_back(services: Services, call: Call, one: Undoable) -> None:
+    if "undoes" in one.details:  # it commits again what was taken back
+        check_frozen(services, "a commit")
     reason = f"Taken back by {call.actor.name} with {call.tool.name} (audit {one.audit_id})."
     prepared = await in_thread(services.commits.prepare_revert, one.details["commit"], one.details["ref"],
                                reason)

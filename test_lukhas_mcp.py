@@ -15123,6 +15123,10 @@ class TestUndo:
             body = git(configured, "log", "-1", "--format=%b")
             assert made["commit"] in body and "operator" in body and str(made["auditId"]) in body
             assert short_status(configured).startswith(" M README.md") and (configured / "README.md").read_text().endswith("y!\n")
+            await call("chief", "freeze", reason="no commits now")
+            redone = await call("operator", "undo_change", auditId=undone["auditId"])
+            assert redone["failed"] and "a commit is refused" in redone["error"], "a freeze holds commits back, not what takes them back"
+            await call("chief", "unfreeze")
             rows = [row for row in services.store.load_audits(f"audit:{made['auditId']}")]
             assert rows and rows[0].action == "undo_change" and rows[0].actor == "operator"
         undo_story(configured, story)
