@@ -13377,7 +13377,8 @@ def _identity(settings: dict[str, str]) -> tuple[str, str] | None:
 
 def _disarmed(settings: dict[str, str], kind: str) -> tuple[str, ...]:
     """The words that take every program from the configured filters or hooks."""
-    names = {key[len(kind) + 1:].rpartition(".")[0] for key in settings if key.startswith(kind + ".")} - {""}
+    rests = (key[len(kind) + 1:].rpartition(".") for key in settings if key.startswith(kind + "."))
+    names = {name for name, dot, _ in rests if dot}  # the empty name is one too
     if any("=" in name for name in names):
         raise Unavailable(f"the git configuration has a {kind} with = in its name, which can't be switched off; "
                           "rename it")
@@ -13467,15 +13468,18 @@ class TreeBuilder:
         """Why nothing of a named path is to be committed: it is as it was, or it can't be."""
         if self._git("ls-files", "-z", "--", rel, limit_bytes=1).output:
             return
-        # check-ignore knows no literal paths; after ./ nothing is magic.
+        # check-ignore knows no literal paths; after ./ nothing is magic. What somebody has staged is ignored too.
         code = self._run.run("check-ignore", "--quiet", "--", f"./{rel}", ok=(0, 1, 128),
-                             environ={"GIT_LITERAL_PATHSPECS": "0"}).code
-        if code == 128:
+                             environ={**self._environ, "GIT_LITERAL_PATHSPECS": "0"}).code
+        place = os.path.join(self._run.root.path, rel)
+        if code == 128 or _lies_in_repository(self._run.root, rel):
             raise PathRefused(f"{path} lies in a repository of its own, or behind a symbolic link; commit it by hand")
         if code == 0:
             raise Conflict(f"{path} is ignored by .gitignore; commit it by hand if that is meant")
-        if not os.path.lexists(os.path.join(self._run.root.path, rel)):
+        if not os.path.lexists(place):
             raise NotFound(f"File does not exist: {path}")
+        if not os.path.isdir(place):
+            raise PathRefused(f"Not a regular file: {path}")
 
     def _choose(self, found: list[str], named: set[str]) -> tuple[list[str], list[str]]:
         """What may be committed, and what is left out; what was named itself is refused, with the reason."""
@@ -13494,13 +13498,12 @@ class TreeBuilder:
 
     def _check_file(self, rel: str, driver: str | None) -> None:
         root = self._run.root
-        place = os.path.join(root.path, rel)
-        if rel.endswith("/") or (os.path.isdir(place) and not os.path.islink(place)):
+        if rel.endswith("/") or root.is_there(f"{rel}/.git"):
             raise PathRefused(f"A repository in the repository: {rel}; commit it by hand")
         root.writable(rel)
         with contextlib.suppress(OSError):
-            root.check_twin(os.lstat(place), rel, to_write=True)
-        if driver:
+            root.check_twin(os.lstat(os.path.join(root.path, rel)), rel, to_write=True)
+        if driver is not None:
             raise PathRefused(f"{rel} goes through the filter {driver} (.gitattributes), a program that this server "
                               "does not run; commit it by hand")
 
@@ -13553,6 +13556,12 @@ class TreeBuilder:
         self._run.run("update-index", "-z", "--index-info", given=given, environ={"GIT_INDEX_FILE": index})
 
 
+def _lies_in_repository(root: Root, rel: str) -> bool:
+    """Whether a folder above a path is the top of a repository that git has not been told of."""
+    parts = rel.split("/")
+    return any(root.is_there("/".join((*parts[:depth], ".git"))) for depth in range(1, len(parts)))
+
+
 _TreeChange = tuple[str, tuple[str, str], tuple[str, str]]  # path, and mode and id of the old and of the new
 _NO_MODE = "000000"
 _TREE_CHANGES = ("diff-tree", "-r", "-z", "--no-renames", "--no-ext-diff", "--no-textconv", "--raw",
@@ -13599,26 +13608,29 @@ def stage_copies(run: GitRun, folder: str, names: Collection[str], environ: dict
     top = os.path.join(folder, "tree")
     os.mkdir(top)
     links: dict[str, str] = {}
-    given = []
+    given, gone = [], []
     for rel in names:
+        place = os.path.join(top, rel)
         with file_errors(rel):
-            if _copy_out(run.root, rel, os.path.join(top, rel), links):
-                given.append(os.fsencode(rel) + b"\0")
+            if _copy_out(run.root, rel, place, links):
+                (given if place in links or os.path.isfile(place) else gone).append(os.fsencode(rel) + b"\0")
     for place, target in links.items():  # the last, so that no copy is made through one of them
         with file_errors("a link that is changed just now"), contextlib.suppress(FileExistsError):
             os.symlink(target, place)
-    if given:
-        run.run(f"--work-tree={top}", "update-index", "-z", "--add", "--remove", "--replace", "--stdin", given=b"".join(given),
-                environ=environ)
+    if gone or given:  # what goes comes first: a file may have become a folder
+        run.run(f"--work-tree={top}", "update-index", "-z", "--add", "--remove", "--replace", "--stdin",
+                given=b"".join(gone + given), environ=environ)
 
 
 def _copy_out(root: Root, rel: str, place: str, links: dict[str, str]) -> bool:
-    """Copy a file, or note a link, unless it is gone; tells whether it is neither a folder nor a device."""
+    """Copy a file, or note a link, unless it is gone; tells whether no repository and no device is there."""
     if not {"", ".", ".."}.isdisjoint(rel.split("/")):
         return False
-    os.makedirs(os.path.dirname(place), exist_ok=True)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, PathRefused), root.open_parent(rel) as (inner, name):
         mode = os.stat(name, dir_fd=inner, follow_symlinks=False).st_mode
+        if stat.S_ISDIR(mode):  # stands where a file was, which is gone
+            return not root.is_there(f"{rel}/.git")
+        os.makedirs(os.path.dirname(place), exist_ok=True)
         if stat.S_ISLNK(mode):
             links[place] = os.readlink(name, dir_fd=inner)
         elif not stat.S_ISREG(mode):
@@ -13664,7 +13676,10 @@ class CommitHooks:
         """Run a hook that is there and on. Raises Conflict with what it said."""
         if not self._is_on or name not in self._present:
             return
-        done = self._run.run_hook(name, *arguments, index=os.path.join(self._folder, "index"))
+        try:
+            done = self._run.run_hook(name, *arguments, index=os.path.join(self._folder, "index"))
+        except Unavailable as error:
+            raise Unavailable(f"the hook {name}: {error.message}") from None
         if done.code:
             said = (done.errors + done.output.decode("utf-8", "replace")).strip()
             raise Conflict(f"the hook {name} refused the commit (exit code {done.code}): {said[-2000:]}", data={"untrusted": True})
@@ -13965,8 +13980,8 @@ class Commits:
         if is_checked_out:
             _check_idle(run)
         elif ref in _other_checkouts(run):
-            raise Conflict(f"the branch {short} is checked out in another work tree; commit there, or to another "
-                           "branch")
+            raise Conflict(f"the branch {short} is checked out in another work tree, or being rebased; commit there, or to "
+                           "another branch")
         old = run.find_commit(ref) or ""
         return _CommitTarget(ref, old, old or ("" if is_checked_out else run.find_commit("HEAD") or ""),
                              is_checked_out)
@@ -14021,7 +14036,7 @@ def _author(run: GitRun) -> tuple[tuple[str, str], tuple[str, ...]]:
 def _check_branch(run: GitRun, branch: str) -> str:
     """The full name of a branch. Raises InvalidArguments (git-check-ref-format)."""
     name = branch.removeprefix("refs/heads/")
-    is_good = not name.startswith("-") and name not in ("HEAD", "@") and name.isprintable()
+    is_good = not name.startswith(("-", "refs/")) and name not in ("HEAD", "@") and name.isprintable()
     if not is_good or run.run("check-ref-format", f"refs/heads/{name}", ok=(0, 1)).code:
         raise InvalidArguments(f"branch is {branch[:80]!r}; allowed: the name of a branch, like fix/typo")
     return f"refs/heads/{name}"
@@ -14038,8 +14053,15 @@ def _check_idle(run: GitRun) -> None:
 
 
 def _other_checkouts(run: GitRun) -> set[str]:
+    """The branches that work trees stand on, and those that are being rebased in one."""
     lines = run.run("worktree", "list", "--porcelain").output.decode("utf-8", "replace").splitlines()
-    return {line.removeprefix("branch ") for line in lines if line.startswith("branch ")}
+    found = {line.removeprefix("branch ") for line in lines if line.startswith("branch ")}
+    common = glob.escape(os.path.join(run.root.path, run.run("rev-parse", "--git-common-dir").line))
+    for place in ("rebase-*", "worktrees/*/rebase-*"):
+        for path in glob.glob(f"{common}/{place}/head-name"):
+            with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as stream:
+                found.add(stream.read().strip())
+    return found
 
 
 def _has_commit(run: GitRun, tip: str, commit: str) -> bool:
@@ -14061,6 +14083,9 @@ def _move_ref(run: GitRun, prepared: PreparedCommit) -> None:
     words = ("update-ref", "-m", f"commit: {subject}", "--no-deref", prepared.ref, prepared.commit,
              prepared.old or "0" * len(prepared.commit))
     done = run.run(*words, ok=(0, 1, 128))
+    if "' exists; cannot create '" in done.errors:
+        raise Conflict(f"there can be no branch {prepared.branch}: another one's name begins or goes on like it, with "
+                       "a slash between; give another name", detail=done.errors)
     if done.code and run.find_commit(prepared.ref) != prepared.commit:
         raise Conflict(f"{prepared.branch or 'HEAD'} has moved on just now, or another git process holds it; "
                        "nothing was committed, try again", detail=done.errors)
@@ -14089,7 +14114,7 @@ _LISTING_BYTES = 8 * 2**20
 _PAGE_BYTES = 200_000
 _MAX_BODY = 4000
 _MAX_HIDDEN = 500
-_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--ignore-submodules=all",
+_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--ignore-submodules=dirty",
          "--submodule=short",
          "--src-prefix=a/", "--dst-prefix=b/", "--find-renames")
 _LOG_FIELDS = ("commit", "parents", "author", "email", "date", "committer", "message")
@@ -14097,17 +14122,19 @@ _LOG_FORMAT = "--format=tformat:" + "%x00".join(("%H", "%P", "%an", "%ae", "%aI"
 
 
 def read_status(run: GitRun, path: str, offset: int, limit: int) -> dict[str, Any]:
-    """Branch, commit and what differs from it, without the names of secret files.
+    """Branch, commit and what differs from it; `hidden` counts the tracked files of those that must not be shown.
 
     items: path, index and worktree as git's letters (. is unchanged, ? untracked, U unmerged), `from`.
     """
     done = run.run("status", "--porcelain=v2", "-z", "--branch", "--untracked-files=normal",
-                   "--ignore-submodules=all",
+                   "--ignore-submodules=dirty",
                    "--", *([path] if path else []), limit_bytes=_LISTING_BYTES)
     heads, items = _parse_status(done.fields)
     # An untracked name may be one that git saw behind a link which was swapped in.
+    changed = sum(item["index"] != "?" for item in items)
     items = [item for item in items if _is_shown(run.root, item["path"]) and _is_shown(run.root, item.get("from", "x"))
              and (item["index"] != "?" or run.root.is_there(item["path"].rstrip("/")))]
+    hidden = changed - sum(item["index"] != "?" for item in items)
     ahead, _, behind = heads.get("ab", "").partition(" ")
     commit, branch = heads.get("oid"), heads.get("head")
     page = items[offset:offset + limit]
@@ -14115,8 +14142,8 @@ def read_status(run: GitRun, path: str, offset: int, limit: int) -> dict[str, An
     return {"branch": None if branch == "(detached)" else branch,
             "commit": None if commit == "(initial)" else commit,
             "upstream": heads.get("upstream"), "ahead": int(ahead) if ahead else None,
-            "behind": -int(behind) if behind else None, "underWay": run.under_way(), "clean": not items,
-            "items": page, "total": None if done.is_cut else len(items), "truncated": is_more,
+            "behind": -int(behind) if behind else None, "underWay": run.under_way(), "clean": not items and not hidden,
+            "hidden": hidden, "items": page, "total": None if done.is_cut else len(items), "truncated": is_more,
             "nextOffset": offset + len(page) if is_more and page else None}
 
 
@@ -14236,7 +14263,7 @@ def _page_lines(content: bytes, is_cut: bool, offset: int, limit: int) -> dict[s
     """Some lines of a text, and where to read on."""
     stop = content.rfind(b"\n") + 1 if is_cut else len(content)  # a line that was cut through is none
     total = content.count(b"\n", 0, stop) + (stop > 0 and content[stop - 1] != 10)
-    at = size = 0
+    at, size, is_cut_line = 0, 0, False
     for _ in range(min(offset, total)):  # millions of lines are never objects all at once
         at = content.find(b"\n", at, stop) + 1 or stop
     page: list[bytes] = []
@@ -14247,9 +14274,10 @@ def _page_lines(content: bytes, is_cut: bool, offset: int, limit: int) -> dict[s
         if size > _PAGE_BYTES and page:
             break
         page.append(content[at:min(end, at + _PAGE_BYTES)])
+        is_cut_line = is_cut_line or end - at > _PAGE_BYTES  # which only one that stands alone can be
         at = end + 1
     end = offset + len(page)
-    return {"diff": b"".join(line + b"\n" for line in page).decode("utf-8", "replace"), "truncated": is_cut or end < total,
+    return {"diff": b"".join(line + b"\n" for line in page).decode("utf-8", "replace"), "truncated": is_cut or is_cut_line or end < total,
             "lines": None if is_cut else total, "nextOffset": end if end < total else None}
 
 
@@ -17615,7 +17643,7 @@ def relative_folder(services: Services, path: str | None) -> str:
       output=shape(("branch", "commit", "clean", "items"), branch=_MAYBE_TEXT, commit=_MAYBE_TEXT,
                    upstream=_MAYBE_TEXT,
                    ahead=_MAYBE_NUMBER, behind=_MAYBE_NUMBER, underWay=_MAYBE_TEXT, clean=boolean(),
-                   items=array(mapping("path, index, worktree, from.")), total=_MAYBE_NUMBER, **_PAGED),
+                   hidden=integer("How many changed files must not be shown."), items=array(mapping("path, index, worktree, from.")), total=_MAYBE_NUMBER, **_PAGED),
       examples=({},))
 async def tool_git_status(services: Services, call: Call) -> ToolResult:
     """Tell the branch, and which files differ from the last commit.
@@ -17701,7 +17729,7 @@ def show_old_file(services: Services, revision: str, path: str, *, offset: int, 
     found = text_document(rel, content, (offset + 1 if offset else None, offset + limit, 0), 200_000)
     end, total = found["metadata"]["endLine"], found["metadata"]["lines"]
     return {"commit": commit, "path": rel, "sha256": found["metadata"]["sha256"], "text": found["text"], "lines": total,
-            "truncated": end < total, "nextOffset": end if end < total else None}
+            "truncated": found["metadata"]["truncated"] or end < total, "nextOffset": end if end < total else None}
 
 
 # -- figures ------------------------------------------------------------------

@@ -11516,6 +11516,7 @@ class TestGit:
         ("* diff=x\n", {"diff__x__textconv": "{run}"}), ("* filter=x\n", {"filter__x__clean": "{run}"}),
         ("* filter=x\n", {"filter__x__process": "{run}", "filter__x__required": "true"}),
         ("* filter=x.y\n", {"filter__x.y__clean": "{run}", "filter__x.y__smudge": "{run}"}),
+        ("* filter=\n", {"filter____clean": "{run}", "filter____process": "{run}"}),
         ("", {"log__showSignature": "true", "gpg__program": "{run}"}),
         ("", {"core__sshCommand": "{run}", "core__editor": "{run}", "core__askPass": "{run}", "credential__helper": "!{run}"}),
         ("", {"alias__status": "!{run}", "alias__log": "!{run}"}), ("", {"include__path": "{other}"}),
@@ -11879,6 +11880,29 @@ class TestCommits:
         (configured / "within/a").write_text("other")
         with pytest.raises(lm.PathRefused, match="within/a lies in a repository of its own"):
             open_commits(configured).prepare("m", add=["within/a"])
+        with pytest.raises(lm.PathRefused, match="nested/a lies in a repository of its own"):
+            open_commits(configured).prepare("m", add=["new.txt", "nested/a"])
+
+    def test_what_is_named_and_cannot_be_committed_is_never_passed_over(self, configured):
+        (configured / ".gitignore").write_text("*.log\n")
+        (configured / "forced.log").write_text("x")
+        git(configured, "add", "-f", "forced.log")
+        os.mkfifo(configured / "pipe")
+        for name, words in (("forced.log", "ignored by .gitignore"), ("pipe", "Not a regular file")):
+            with pytest.raises(lm.ToolError, match=words):
+                open_commits(configured).prepare("m", add=["new.txt", name])
+
+    def test_a_file_may_become_a_folder_and_a_folder_a_file(self, configured):
+        (configured / "README.md").unlink()
+        (configured / "README.md").mkdir()
+        (configured / "README.md/a").write_text("a\n")
+        shutil.rmtree(configured / "src")
+        (configured / "src").write_text("b\n")
+        found = lm.read_diff(open_git(configured).open(), git(configured, "rev-parse", "HEAD").strip(), None)
+        assert {(one["path"], one["status"]) for one in found["files"]} >= {("README.md", "D"), ("src/app.py", "D")}
+        assert set(commit(open_commits(configured), add=["README.md", "src"]).paths) >= {"README.md", "README.md/a", "src", "src/app.py"}
+        assert short_status(configured) == "M  docs/guide.md\n?? link\n?? new.txt\n"
+        assert_sound(configured)
 
     def test_CVE_2026_27735_paths_that_are_refused(self, configured):
         (configured / ".gitignore").write_text("*.log\n")
@@ -11980,6 +12004,9 @@ class TestCommits:
         (configured / "a.bin").write_text("x")
         with pytest.raises(lm.PathRefused, match="filter lfs"):
             open_commits(configured).prepare("m", add=["a.bin"])
+        plant(configured, "*.bin filter=\n*.txt filter\nsrc/* -filter\n", filter____process=f"touch {tmp_path}/ran")
+        with pytest.raises(lm.PathRefused, match="filter "):  # a filter may have the empty name
+            open_commits(configured).prepare("m", add=["a.bin"])
         prepared = commit(open_commits(configured), stage_all=True)
         assert set(prepared.skipped) == {"a.bin", "new.txt"} and not (tmp_path / "ran").exists()
 
@@ -12052,9 +12079,11 @@ class TestCommits:
     def test_names_that_are_no_branch(self, configured):
         commits = open_commits(configured)
         for branch in ("-x", "--force", "a..b", "a b", "HEAD", "x.lock", "a//b", "/a", "@{-1}", "a~1", "ref:x", "é\n", "refs/heads/-x", ".x",
-                       "x/", "a\\b"):
+                       "x/", "a\\b", "refs/tags/x"):
             with pytest.raises(lm.InvalidArguments, match="branch"):
                 commits.prepare("m", add=["README.md"], branch=branch)
+        with pytest.raises(lm.Conflict, match="can be no branch main/x"):
+            commit(commits, add=["README.md"], branch="main/x")
 
     def test_protected_branches_never_move(self, configured):
         for pattern, branch in (("main", None), ("main", "main"), ("main", "refs/heads/main"), ("MAIN", "main"), ("release/*", "release/1"),
@@ -12072,6 +12101,14 @@ class TestCommits:
         git(configured, "worktree", "add", "-q", str(tmp_path / "wt"), "-b", "side")
         with pytest.raises(lm.Conflict, match="another work tree"):
             open_commits(configured).prepare("m", add=["README.md"], branch="side")
+        git(tmp_path / "wt", "checkout", "-q", "--detach")
+        folder = configured / ".git/worktrees/wt/rebase-merge"
+        folder.mkdir()
+        (folder / "head-name").write_text("refs/heads/side\n")
+        with pytest.raises(lm.Conflict, match="being rebased"):  # the end of the rebase would not find it where it was
+            open_commits(configured).prepare("m", add=["README.md"], branch="side")
+        shutil.rmtree(folder)
+        git(tmp_path / "wt", "checkout", "-q", "side")
         (tmp_path / "wt/README.md").write_text("there\n")
         assert commit(open_commits(tmp_path / "wt"), add=["README.md"]).branch == "side"
         assert git(tmp_path / "wt", "status", "--short") == ""
@@ -12281,6 +12318,10 @@ class TestHistory:
             page = lm.read_diff(run, run.find_commit("HEAD"), None, offset=offset, limit=3)
             text, offset = text + page["diff"], page["nextOffset"]
         assert text == whole["diff"]
+        (repo / "src/app.py").write_text("x" * 300_000 + "\n")
+        end = lm.read_diff(run, run.find_commit("HEAD"), None, path="src")["lines"]
+        page = lm.read_diff(run, run.find_commit("HEAD"), None, path="src", offset=end - 1)
+        assert page["nextOffset"] is None and page["truncated"] and len(page["diff"]) < 250_000  # a line that is cut is said to be
         assert lm.read_diff(run, run.find_commit("HEAD"), None, path="docs")["filesTotal"] == 1
         assert lm.read_diff(run, run.find_commit("HEAD"), None, is_staged=True)["files"][0]["path"] == "docs/guide.md"
 
@@ -12289,6 +12330,15 @@ class TestHistory:
         run = open_git(repo).open()
         assert lm.read_commit(run, "HEAD")["diff"] == git(repo, "diff", "HEAD~1", "HEAD")
         assert lm.read_commit(run, "HEAD~1")["filesTotal"] == 3 and lm.read_commit(run, "HEAD~1")["added"] == 9
+
+    def test_another_commit_of_a_submodule_is_a_change(self, repo):
+        git(repo, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", "./.git", "sub")
+        git(repo, "commit", "-qm", "with a submodule")
+        git(repo / "sub", "commit", "-qm", "inner", "--allow-empty")
+        assert {"path": "sub", "index": ".", "worktree": "M"} in lm.read_status(open_git(repo).open(), "", 0, 100)["items"]
+        git(repo, "commit", "-qam", "moved on")
+        shown = lm.read_commit(open_git(repo).open(), "HEAD", path="sub")
+        assert [one["path"] for one in shown["files"]] == ["sub"] and "+Subproject commit" in shown["diff"]
 
     def test_renamed_binary_and_empty_files_are_counted(self, repo):
         git(repo, "commit", "-qam", "second")
@@ -12311,6 +12361,9 @@ class TestHistory:
         staged = lm.read_diff(run, run.find_commit("HEAD"), None, is_staged=True)
         assert staged["hidden"] == 3 and "hunter2" not in staged["diff"] and "plain" in staged["diff"]
         git(repo, "commit", "-qm", "oh")
+        (repo / ".env").write_text("hunter3\n")
+        found = lm.read_status(run, ".", 0, 100)
+        assert found["hidden"] == 1 and not found["clean"] and ".env" not in str(found)
         shown = lm.read_commit(run, "HEAD")
         assert "hunter2" not in str(shown) and ".env" not in str(shown) and shown["hidden"] == 3
         git(repo, "mv", "server.key", "harmless.txt")
