@@ -12757,7 +12757,8 @@ _MAX_QUERY = 4000  # characters that are looked at
 _MAX_TERMS = 16
 _MAX_KEYS = 48
 _MAX_RARE = 8
-_COMMON = 0.12  # of all files: a word in more of them is not worth an OR
+_COMMON = 0.12  # of all files: a word in more of them is not worth an OR,
+_FEW_FILES = 200  # unless these are few
 _STOP_WORDS = frozenset(
     "a about an and any are as at be been being but by can could did do does doing for from get had has have how i "
     "if in into is it its me my no not of on or our should show so such than that the their them then there these "
@@ -12770,6 +12771,7 @@ _TEST_WORDS = frozenset("test tests testing spec specs testdata conftest".split(
 _STALE_WORDS = frozenset("archive archived archives backup backups bak vendor thirdparty old deprecated quarantine dist versioned".split())
 _LOG_WORDS = frozenset("changelog changelogs changes history news whatsnew releases".split())
 _LOG_ENDINGS = (".md", ".rst", ".txt")
+_KIND_WORDS = _TEST_WORDS | _STALE_WORDS | _LOG_WORDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -12845,7 +12847,7 @@ def ask_all(query: Query, counts: Mapping[str, int]) -> str:
 def ask_rare(query: Query, counts: Mapping[str, int], total: int) -> str:
     """The FTS5 expression for documents with any of the rarer terms; "" if none is rare."""
     known = sorted((word for word in query.terms if counts[word]), key=lambda word: counts[word])
-    rare = [word for word in known if counts[word] <= _COMMON * total + 1] or known[:1]
+    rare = [word for word in known if counts[word] <= max(_COMMON * total, _FEW_FILES)] or known[:1]
     parts = [part for word, its in query.terms.items() if not counts[word] for part in its if len(part) > 1]
     return " OR ".join(map(_quote, dict.fromkeys((rare + parts)[:_MAX_RARE])))
 
@@ -12909,12 +12911,22 @@ def _score_path(query: Query, path: str) -> float:
         if word in in_path or parts and in_path.issuperset(parts):
             covered += 1
             named += word in in_base or bool(parts) and in_base.issuperset(parts)
-    stem_words = len(_words_of(base.rpartition(".")[0])) if named else 1
-    score = 14.0 * (covered / len(query.terms)) ** 4 + 3.5 * min(1.0, named / max(stem_words, 1))
-    score -= (not query.asks_tests and not _TEST_WORDS.isdisjoint(in_path)) + (not _STALE_WORDS.isdisjoint(in_path))
+    score = -0.1 * path.count("/")
+    if covered:
+        stem_words = len(_words_of(base.rpartition(".")[0])) if named else 1
+        score += 14.0 * (covered / len(query.terms)) ** 4 + 3.5 * min(1.0, named / max(stem_words, 1))
+    if not _KIND_WORDS.isdisjoint(in_path):
+        score += _score_kind(query, base, in_path)
+    return score + _score_literal(query.literal, path.lower())
+
+
+def _score_kind(query: Query, base: str, in_path: frozenset[str]) -> float:
+    score = -1.0 * (not _STALE_WORDS.isdisjoint(in_path))
+    if not _TEST_WORDS.isdisjoint(in_path):
+        score += 2.0 if query.asks_tests else -1.0
     if not _LOG_WORDS.isdisjoint(in_path) and (base.endswith(_LOG_ENDINGS) or "." not in base):
         score -= 2.0  # it mentions everything that there is
-    return score + _score_literal(query.literal, path.lower())
+    return score
 
 
 @functools.lru_cache(8192)
@@ -12935,16 +12947,17 @@ def _score_literal(literal: str, path: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Where the terms of a query meet in a text: the score for it, line and column (both from 0)."""
+    """Where the terms of a query meet in a text: the score for it, line and column (both from 0), begin of the line."""
 
     score: float
     line: int
     column: int
+    begin: int
 
 
 _IS_WORD = tuple(byte >= 128 or chr(byte).isalnum() for byte in range(256))
-_MAX_PLACES = 40  # of one word: more do not find a better meeting
-_NEAR = 100  # bytes
+_MAX_PLACES = 80  # of one word: more do not find a better meeting
+_BYTE_COST = 0.0007  # of what lies between the words, which all together weigh 1
 
 
 def find_passage(text: bytes, weights: Mapping[str, float]) -> Passage | None:
@@ -12956,7 +12969,8 @@ def find_passage(text: bytes, weights: Mapping[str, float]) -> Passage | None:
     if not places:
         return None
     weight, at = _best_chain(places, weights)
-    return Passage(10.0 * weight, text.count(b"\n", 0, at), at - (text.rfind(b"\n", 0, at) + 1))
+    begin = text.rfind(b"\n", 0, at) + 1
+    return Passage(12.0 * weight, text.count(b"\n", 0, at), at - begin, begin)
 
 
 def _places(text: bytes, words: Collection[str]) -> list[tuple[int, str]]:
@@ -12976,37 +12990,43 @@ def _places(text: bytes, words: Collection[str]) -> list[tuple[int, str]]:
 
 
 def _best_chain(places: Sequence[tuple[int, str]], weights: Mapping[str, float]) -> tuple[float, int]:
-    """The greatest weight of words that follow each other closely in the query's order, and where that begins."""
+    """The greatest weight of words in the query's order, less what lies between them, and where that begins."""
     best, best_at = 0.0, places[0][0]
-    chains = dict.fromkeys(weights, (0.0, -_NEAR, 0))  # by its last word: weight, place of that word, begin
+    chains = dict.fromkeys(weights, (0.0, 0))  # by its last word: weight and the cost of all before it, begin
     for at, word in places:
-        weight, begin = 0.0, at
-        for earlier, (its, last, its_begin) in chains.items():
+        weight = before = at * _BYTE_COST
+        begin = at
+        for earlier, (its, its_begin) in chains.items():
             if earlier == word:
                 break
-            if its > weight and at - last < _NEAR:
+            if its > weight:
                 weight, begin = its, its_begin
         weight += weights[word]
-        known, last, _ = chains[word]
-        if weight >= known or at - last >= _NEAR:
-            chains[word] = weight, at, begin
-        if weight > best + 1e-9:
-            best, best_at = weight, begin
+        if weight >= chains[word][0]:
+            chains[word] = weight, begin
+        if weight - before > best + 1e-9:
+            best, best_at = weight - before, begin
     return best, best_at
 
 
-def cut_snippet(text: bytes, line: int, column: int = 0) -> tuple[str, int]:
-    """Some lines of a text in UTF-8 from a line (from 0) on, and the number of the first of them (from 1)."""
-    lines = text.split(b"\n", line + 12)[:line + 12]
-    line = min(line, len(lines) - 1)
-    while line < len(lines) - 1 and not lines[line].strip():
-        line, column = line + 1, 0
-    begin = max(0, column - 80) if column > 160 else 0
-    rows = (row[begin:begin + 800].decode("utf-8", "ignore")[:200].rstrip() for row in lines[line:line + 3])
+def cut_snippet(text: bytes, line: int, column: int = 0, begin: int = 0) -> tuple[str, int]:
+    """Some lines of a text in UTF-8 from a line (from 0) on, and the number of the first of them (from 1).
+
+    `begin` is where the line begins; elsewhere in a text that became shorter or longer in lower case.
+    """
+    if text.count(b"\n", 0, begin) != line or begin and text[begin - 1:begin] != b"\n":
+        *before, rest = text.split(b"\n", line)
+        line, begin = len(before), len(text) - len(rest)
+    lines = text[begin:begin + column + 10_000].split(b"\n", 12)[:12]
+    skipped = 0
+    while skipped < len(lines) - 1 and not lines[skipped].strip():
+        skipped, column = skipped + 1, 0
+    left = max(0, column - 80) if column > 160 else 0
+    rows = (row[left:left + 800].decode("utf-8", "ignore")[:200].rstrip() for row in lines[skipped:skipped + 3])
     shown = "\n".join(rows)[:400]
     if not shown.replace("\n", "").replace("\t", "").isprintable():
         shown = "".join(char for char in shown if char.isprintable() or char in "\n\t")
-    return shown.strip("\n"), line + 1
+    return shown.strip("\n"), line + skipped + 1
 
 
 # -- paths alone --------------------------------------------------------------
@@ -15599,8 +15619,8 @@ def _lower_for(words: Iterable[str], text: bytes) -> bytes:
 
 
 def _to_hit(score: float, one: Found, passage: Passage | None, text: bytes) -> Hit:
-    line, column = (passage.line, passage.column) if passage else (max(one.line - 1, 0), 0)
-    snippet, line = cut_snippet(text, line, column)
+    place = (passage.line, passage.column, passage.begin) if passage else (max(one.line - 1, 0),)
+    snippet, line = cut_snippet(text, *place)
     return Hit(one.path, snippet, line, round(score, 2))
 
 

@@ -11353,9 +11353,10 @@ class TestQuery:
 
     def test_only_the_rarer_words_are_asked_for_one_by_one(self):
         query = lm.parse_query("common rare unknown")
-        assert lm.ask_rare(query, {"common": 90, "rare": 3, "unknown": 0}, 100) == '"rare"'
-        assert lm.ask_rare(query, {"common": 90, "rare": 80, "unknown": 0}, 100) == '"rare"'
-        assert lm.ask_rare(query, dict.fromkeys(query.terms, 0), 100) == ""
+        assert lm.ask_rare(query, {"common": 9000, "rare": 300, "unknown": 0}, 10_000) == '"rare"'
+        assert lm.ask_rare(query, {"common": 9000, "rare": 8000, "unknown": 0}, 10_000) == '"rare"'
+        assert lm.ask_rare(query, {"common": 90, "rare": 3, "unknown": 0}, 100) == '"rare" OR "common"', "they are few files"
+        assert lm.ask_rare(query, dict.fromkeys(query.terms, 0), 10_000) == ""
 
     def test_neighbours_are_looked_for_near_each_other(self):
         with open_fts("alpha beta", "alpha " + "x " * 9 + "beta", "beta then alpha") as connection:
@@ -11376,7 +11377,9 @@ class TestQuery:
         ("take tokens", lm.Found("b.py", names=frozenset({"taketokens"})), lm.Found("a.py", bm25=9.0)),
         ("words", lm.Found("b.py", bm25=2.0), lm.Found("a.py", bm25=1.0)),
         ("words", lm.Found("b.py", bm25=1.0, near=0.9), lm.Found("a.py", bm25=1.0, near=0.1)),
+        ("limits test", lm.Found("tests/limits.py"), lm.Found("src/limits.py")),
         ("words", lm.Found("z.py"), lm.Found("vendor/y.py")),
+        ("words", lm.Found("with_a_longer_name.py"), lm.Found("far/down/y.py")),
         ("fixed words", lm.Found("long/path/z.py", bm25=1.0), lm.Found("Changelog.rst", bm25=1.0)),
         ("words", lm.Found("history.py"), lm.Found("longer/path/z.py"))])
     def test_names_and_paths_put_candidates_in_order(self, text, first, second):
@@ -11397,6 +11400,8 @@ class TestQuery:
     def test_neighbours_in_the_order_of_the_query_score_more(self):
         weights = {"take": 0.5, "tokens": 0.5}
         assert passage_of("take tokens", weights).score > passage_of("tokens take", weights).score
+        scores = [passage_of(f"take {'x ' * between}tokens", weights).score for between in (0, 9, 99, 999)]
+        assert sorted(scores, reverse=True) == scores and scores[-1] == passage_of("tokens", weights).score
 
     @hypothesis.given(text=st.text(max_size=300), words=st.lists(st.text(min_size=1, max_size=4), max_size=5))
     def test_a_passage_lies_within_any_text(self, text, words):
@@ -11411,6 +11416,7 @@ class TestQuery:
         assert lm.cut_snippet(text, 0) == ("one", 1)
         assert lm.cut_snippet(text, 1) == ("two\nthree\nfour", 4)
         assert lm.cut_snippet(text, 99) == ("five", 7)
+        assert {lm.cut_snippet(text, 4, 0, begin) for begin in range(50)} == {("three\nfour\nfive", 5)}
         assert "needle" in lm.cut_snippet(b"x" * 5000 + b" needle " + b"y" * 5000, 0, 5001)[0]
 
     @pytest.mark.parametrize("letter", ["x", "ж", "語", "🙂"])
