@@ -21356,7 +21356,8 @@ class Connection(asyncio.Protocol):
         if self._is_ended or self._is_tls:
             self._close()
             return
-        self._transport.write_eof()
+        with contextlib.suppress(OSError):  # the client may be gone already
+            self._transport.write_eof()
         if self._is_held:
             self._transport.resume_reading()
         asyncio.get_running_loop().call_later(_LINGER_S, self._close)

@@ -18165,6 +18165,7 @@ class TestConnection:
             await wait_for_connections(here, 2)
             text = await here.talk(b"")
             assert text.startswith(b"HTTP/1.1 503 ") and b"retry-after: 5" in text.lower()
+            socket.create_connection(("127.0.0.1", here.port)).close()  # refused, and gone by then
             second[1].close()
             await wait_for_connections(here, 1)
             closing = GET_HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
