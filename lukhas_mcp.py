@@ -13669,7 +13669,7 @@ def index_of_work_tree(run: GitRun, path: str) -> Iterator[dict[str, str]]:
     with work_folder(run.scratch) as folder:
         real = run.folder()
         environ = {"GIT_INDEX_FILE": os.path.join(folder, "index"), "GIT_OBJECT_DIRECTORY": os.path.join(folder, "objects"),
-                   "GIT_ALTERNATE_OBJECT_DIRECTORIES": run.run("rev-parse", "--path-format=absolute", "--git-path", "objects").line}
+                   "GIT_ALTERNATE_OBJECT_DIRECTORIES": os.path.join(run.root.path, run.run("rev-parse", "--git-path", "objects").line)}
         os.mkdir(environ["GIT_OBJECT_DIRECTORY"])
         with contextlib.suppress(FileNotFoundError):
             shutil.copy2(os.path.join(real, "index"), folder)
@@ -14532,14 +14532,15 @@ def _is_git_ignored(path: str, is_folder: bool, rules: tuple[_IgnoreRule, ...]) 
 # uses: Ground, Errors, Corpus, Git
 # ==============================================================================
 # Every figure is a count of something that is there, with the place where it was seen; nothing is
-# rated. The count runs in a thread with an end in time, one for all who ask at once, and its answer
-# holds for some seconds. What was read is remembered until the file changes: a count that was cut, which
+# rated. The count runs in a thread with an end in time, one for all who ask at once, and an answer
+# that was dear holds for some seconds. What was read is remembered until the file changes: a count that was cut, which
 # is said, goes on where it ended when the next one asks. Only source files and manifests are read.
 
 
 _READING_S = 3.0
 _MAX_COUNTED_BYTES = 8 * 2**20  # of one file; a longer one makes a count incomplete
 _FRESH_S = 10.0
+_CHEAP_S = 0.1  # a count that took less is made anew for everyone who asks
 _MAX_EVIDENCE = 50
 _MAX_LINE = 160
 
@@ -14559,7 +14560,7 @@ _TEST_KINDS = (
     (re.compile(r"\.rs$"), re.compile(r"^[ \t]*#\[(?:\w+::)?test\b", re.M)),
     (re.compile(r"(Test|Tests|IT)\.(java|kt)$"), re.compile(r"^[ \t]*@(?:Parameterized)?Test\b", re.M)),
 )
-_IMPORT = re.compile(r"^(?:from[ \t]+([A-Za-z_][\w.]*)[ \t]+import\b|import[ \t]+([A-Za-z_][\w.]*))", re.M)
+_IMPORT = re.compile(r"^(?:from[ \t]+([A-Za-z_][\w.]*)[ \t]+import\b|import[ \t]+([A-Za-z_][\w., \t]*))", re.M)
 #: (topic, what it is, where it is, the line that shows it or None for the first one)
 _SIGNS = tuple((topic, name, re.compile(path), line and re.compile(line, re.M)) for topic, name, path,
                line in (
@@ -14594,7 +14595,7 @@ _SIGNS = tuple((topic, name, re.compile(path), line and re.compile(line, re.M)) 
     ("typing", "pyright", r"(^|/)pyproject\.toml$", r"^\[tool\.pyright\b.*"),
     ("typing", "typescript", r"(^|/)tsconfig[\w.-]*\.json$", None),
     *(("framework", name, r"(^|/)(requirements[\w.-]*\.txt|pyproject\.toml|setup\.cfg|setup\.py|Pipfile)$",
-       rf"""^[ \t"'\[]*{name}\b[ \t]*([\[=<>~!;,"'].*)?$""")
+       rf"""(?i)^([ \t]*|[^#\n]*["']){name}[ \t]*([\[=<>~!;,"'@#].*)?$""")
       for name in ("django", "flask", "fastapi", "starlette", "aiohttp", "tornado", "torch", "tensorflow")),
     *(("framework", name, r"(^|/)package\.json$", rf'"{name}"[ \t]*:[ \t]*"[^"\n]*"')
       for name in ("react", "vue", "svelte", "next", "express", "@angular/core", "@nestjs/core")),
@@ -14606,8 +14607,6 @@ _SIGNS = tuple((topic, name, re.compile(path), line and re.compile(line, re.M)) 
 _PLACES = re.compile("|".join(f"(?:{where.pattern})" for _, _, where, _ in _SIGNS))
 _MAKE_TARGET = re.compile(r"^([A-Za-z][\w.-]*)[ \t]*:(?![:=])", re.M)
 _MAKEFILES = ("Makefile", "makefile", "GNUmakefile")
-_NPM_SCRIPTS = re.compile(r'"scripts"\s*:\s*\{([^{}]*)\}')
-_NPM_SCRIPT = re.compile(r'"([^"\\]+)"\s*:\s*"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -14690,7 +14689,7 @@ class Figures:
 
 
 class Survey:
-    """The figures of one repository, counted again when the last ones are some seconds old."""
+    """The figures of one repository, counted again when that is cheap, or the last ones are some seconds old."""
 
     def __init__(self, corpus: Corpus, git: Git, clock: Clock):
         self._corpus = corpus
@@ -14702,7 +14701,8 @@ class Survey:
 
     async def figures(self) -> Figures:
         """The newest figures; whoever asks while they are counted waits for the same ones."""
-        if self._last is None or self._clock.now_s() - self._last.at_s > _FRESH_S:
+        last = self._last
+        if last is None or last.took_s < _CHEAP_S or self._clock.now_s() - last.at_s > _FRESH_S:
             if self._running is None or self._running.done():
                 self._running = asyncio.create_task(asyncio.to_thread(self._count))
             self._last = await asyncio.shield(self._running)
@@ -14758,7 +14758,8 @@ def _read_facts(path: str, text: str | None) -> _Facts:
     tests, imports = 0, []
     if _language(path):
         tests = sum(len(begin.findall(text)) for where, begin in _TEST_KINDS if where.search(path))
-        imports = [first or second for first, second in _IMPORT.findall(text)] if path.endswith(".py") else []
+        found = _IMPORT.findall(text) if path.endswith(".py") else ()
+        imports = [one.split()[0] for first, more in found for one in (first or more).split(",") if one.strip()]
     lines = text.count("\n") + (not text.endswith("\n") and bool(text))
     signs = tuple(_find_signs(path, text))
     return _Facts(lines, tests, frozenset(imports), signs, _find_utilities(path, text))
@@ -14794,8 +14795,11 @@ def _find_utilities(path: str, text: str) -> tuple[str, ...]:
     """What a developer may call: targets of the Makefile, scripts of the package.json at the top."""
     if path in _MAKEFILES:
         return tuple(f"make {name}" for name in dict.fromkeys(_MAKE_TARGET.findall(text)))[:_MAX_EVIDENCE]
-    scripts = _NPM_SCRIPTS.search(text) if path == "package.json" else None
-    return tuple(f"npm run {name}" for name in _NPM_SCRIPT.findall(scripts[1]))[:_MAX_EVIDENCE] if scripts else ()
+    scripts = None
+    if path == "package.json":
+        with contextlib.suppress(ValueError, RecursionError, AttributeError):
+            scripts = json.loads(text.removeprefix("\ufeff")).get("scripts")
+    return tuple(f"npm run {name}" for name in scripts)[:_MAX_EVIDENCE] if isinstance(scripts, dict) else ()
 
 
 def _module_names(path: str) -> tuple[str, ...]:
@@ -17833,8 +17837,8 @@ async def tool_get_code_analysis(services: Services, call: Call) -> ToolResult:
                         "none",
         "code_quality": "null: this server runs no linter; make one a task in lukhas.toml and ask run_eval",
         "total_files": f"regular files, {_COUNTED}", "total_lines": "lines of source files up to 8 MiB; of those that were read where complete is false",
-        "languages": "by the ending of the name", "largest_files": "by size in bytes",
-        "most_imported": "Python files with an absolute import of a module of this repository"}),
+        "languages": "by the ending of the name, of the files that were read", "largest_files": "by size in bytes",
+        "most_imported": "Python files that name a module of this repository after from or import, at the begin of a line"}),
                       is_untrusted=True)
 
 
