@@ -17473,6 +17473,7 @@ async def operate(services: Services, call: Call, mode: str, contents: str) -> t
     except ToolError as error:
         document = {"success": False, "operation": call.tool.name, "error": error.message, "path": call.get("path"),
                     "timestamp": utc_text(services.clock.now_s())}
+        document |= {"sha256": error.data["sha256"]} if error.data.get("sha256") else {}
         return None, ToolResult(document, is_error=True)
 
 

@@ -14558,6 +14558,7 @@ class TestFileTools:
         result = server.result(tool, {"path": path, "content": "two"})
         document = json.loads(result["content"][0]["text"])
         assert result["isError"] is True and document["success"] is False and document["operation"] == tool
+        assert document["sha256"] == good["sha256"], "what it has now, to go on with"
         assert path in document["error"] and (server.repo / path).read_text() == "one"
         wait_until(lambda: any(one.get("outcome") == "refused" for one in audit_details(server, tool)), 5,
                    "the refusal is on record, as with the other tools")
