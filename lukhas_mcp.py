@@ -9415,6 +9415,17 @@ class ProcessGroup:
         self._orders = self._reports = self._output = -1
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs under that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it runs as somebody else
+    return True
+
+
 # ==============================================================================
 # 35. Hooks -- calls of hooks, delivered until they arrive: webhooks, commands, notifications
 # uses: Ground, Errors, Vocabulary, Config, Plan, Ledger, Store, Brakes, Actuation, Children
@@ -17228,7 +17239,7 @@ def to_task(state: WorkState, *, is_full: bool = False) -> dict[str, Any]:
 
 # ==============================================================================
 # 60. FileTools -- the repository as tools: read, list, find, write
-# uses: Ground, Errors, Vocabulary, Schema, Store, Patch, Contents, Repository, Toolkit, SearchTools
+# uses: Ground, Errors, Vocabulary, Schema, Store, Children, Patch, Contents, Repository, Toolkit, SearchTools
 # ==============================================================================
 # A change is told before it happens and after: the intent is on the disk, the bytes change, the row
 # that says so is committed, then the caller is answered. An intent that a dead process left open is
@@ -17299,7 +17310,7 @@ def begin_intent(tx: Transaction, call: Call, change: Change, details: dict[str,
     message = f"{call.actor.name} is about to {change.kind} {' to '.join(change.paths)}"
     ids = (*change.paths, *([f"audit:{details['undoes']}"] if "undoes" in details else []))
     audit_id = tx.record(call.record(ids, message, {**details, "phase": "intent"}, "file"))
-    tx.open_intent(audit_id, details)
+    tx.open_intent(audit_id, details | {"pid": os.getpid()})
     if change.before is not None:
         tx.keep_content(change.target_sha256 or change.old_sha256, change.before)
     return audit_id
@@ -17315,10 +17326,16 @@ def end_intent(tx: Transaction, actor: Actor, audit_id: int, details: Mapping[st
     tx.close_intent(audit_id)
 
 
-async def recover_files(services: Services) -> None:
+def list_left(services: Services, *, of_dead: bool) -> list[tuple[int, dict[str, Any]]]:
+    """Changes that were begun and not concluded: all, or those of processes that are certainly gone."""
+    found = [(audit_id, details, details.pop("pid", None)) for audit_id, details in services.store.list_intents()]
+    return [(audit_id, details) for audit_id, details, pid in found if not of_dead or (pid and not is_alive(pid))]
+
+
+async def recover_files(services: Services, *, of_dead: bool = False) -> None:
     """Decide the intents that a dead process left open, and remove its temporary files."""
     await in_thread(services.repository.sweep)
-    for audit_id, details in services.store.list_intents():
+    for audit_id, details in list_left(services, of_dead=of_dead):
         if details["kind"] == "commit":
             continue  # see recover_commits
         found = await in_thread(services.repository.decide, details)
@@ -17609,7 +17626,7 @@ async def make_commit(services: Services, call: Call, prepared: PreparedCommit, 
         message = (f"{call.actor.name} is about to commit {len(prepared.paths)} file(s) to "
                    f"{prepared.branch or 'HEAD'}")
         audit_id = tx.record(call.record(ids, message, {**details, "phase": "intent"}, "file"))
-        tx.open_intent(audit_id, details)
+        tx.open_intent(audit_id, details | {"pid": os.getpid()})
         tx.set_switch(f"commit {prepared.commit}", {"auditId": audit_id})  # outlives the row, which may be sealed
         return audit_id
     audit_id = await services.store.write(begin)
@@ -17640,10 +17657,10 @@ def end_commit(tx: Transaction, actor: Actor, audit_id: int, details: Mapping[st
     tx.close_intent(audit_id)
 
 
-async def recover_commits(services: Services) -> None:
+async def recover_commits(services: Services, *, of_dead: bool = False) -> None:
     """Decide the commits that a dead process left open, and remove its copies of the index."""
     await in_thread(services.commits.sweep)
-    for audit_id, details in services.store.list_intents():
+    for audit_id, details in list_left(services, of_dead=of_dead):
         if details["kind"] != "commit":
             continue
         try:
@@ -18429,6 +18446,13 @@ async def read_aside(services: Services, work: Callable[[Effects], Result]) -> R
     return await in_thread(read)
 
 
+async def settle_left(services: Services) -> None:
+    """Decide what a dead process left open beside this one, as an `undo` on the command line that was killed."""
+    if list_left(services, of_dead=True):
+        await recover_files(services, of_dead=True)
+        await recover_commits(services, of_dead=True)
+
+
 # -- one change ---------------------------------------------------------------
 
 
@@ -18565,6 +18589,7 @@ async def tool_undo_change(services: Services, call: Call) -> dict[str, Any]:
     Refused, with the reason, where what it changed has moved on. When a commit is taken back the work tree
     keeps its files: they show as not committed.
     """
+    await settle_left(services)
     audit_id = call.get("auditId")
     row = services.store.find_audit(audit_id)
     if row is None:
@@ -18696,6 +18721,7 @@ async def tool_undo(services: Services, call: Call) -> ToolResult | dict[str, An
     Stops at the first thing that has moved on and names it; what was taken back until then stays so.
     """
     since = parse_since(call.get("since"), services.clock.now_s())
+    await settle_left(services)
     listed, is_cut = await read_aside(services, lambda effects: list_undoables(
         effects, call.get("actor"), call.get("session") or "", since, call.get("limit")))
     is_dry = call.get("dryRun")

@@ -15320,6 +15320,27 @@ class TestUndo:
             assert (await call("operator", "undo_change", auditId=made["auditId"]))["outcome"] == "undone" and written_files(repo) == start
         undo_story(repo, story)
 
+    def test_what_a_killed_process_left_open_is_decided_before_an_undo(self, repo):
+        """An undo on the command line may be killed while the server lives on; what a living process does is left alone."""
+        async def story(services, call):
+            dead = subprocess.Popen(["true"])
+            dead.wait()
+            made = await call("agent", "write_file", path="a.txt", contents="a")
+            details = services.repository.prepare_delete("a.txt", made["sha256"]).to_details() | {"undoes": made["auditId"]}
+
+            def begin(pid):
+                def work(tx):
+                    key = tx.record(make_record(1, "a.txt", f"audit:{made['auditId']}", details={**details, "phase": "intent"}))
+                    tx.open_intent(key, details | {"pid": pid})
+                return services.store.write(work)
+            await begin(os.getpid())
+            assert len((await call("operator", "undo", actor="agent", dryRun=True))["changes"]) == 1
+            await begin(dead.pid)
+            (repo / "a.txt").unlink()
+            assert (await call("operator", "undo", actor="agent"))["changes"] == []
+            assert [change["pid"] for _, change in services.store.list_intents()] == [os.getpid()]
+        undo_story(repo, story)
+
     def test_it_stops_at_the_first_conflict_and_names_it(self, repo):
         async def story(services, call):
             first = await call("agent", "write_file", path="a.txt", contents="1")
