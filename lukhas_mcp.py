@@ -15118,7 +15118,7 @@ class IndexReader:
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "near")
 
     def _connect(self, cache_size: int) -> sqlite3.Connection:
-        place = f"file:{urllib.parse.quote(self.path)}?mode=rw"  # an index that is gone is not to come back empty
+        place = f"file:{urllib.parse.quote(os.fsencode(self.path))}?mode=rw"  # an index that is gone is not to come back empty
         connection = sqlite3.connect(place, timeout=1.0, isolation_level=None, check_same_thread=False, uri=True)
         connection.execute("PRAGMA query_only=ON")
         connection.execute(f"PRAGMA cache_size={cache_size}")

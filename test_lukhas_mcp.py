@@ -12888,7 +12888,8 @@ class TestIndex:
         assert writer.try_build() and "docs/guide.md" in paths_of(writer, "guide")
 
     def test_an_index_that_is_gone_does_not_come_back_empty(self, repo, tmp_path):
-        writer = open_index(repo, tmp_path / "state")
+        writer = open_index(repo, tmp_path / "st?te #%20\udcff")
+        assert "docs/guide.md" in paths_of(writer, "guide"), "whatever the folder is called"
         os.unlink(writer.path)
         with pytest.raises(lm.Unavailable, match="the index can't be opened"):
             lm.IndexReader(writer.path)
