@@ -13533,7 +13533,10 @@ class TreeBuilder:
             raise PathRefused(f"A repository in the repository: {rel}; commit it by hand")
         root.writable(rel)
         with contextlib.suppress(OSError):
-            root.check_twin(os.lstat(os.path.join(root.path, rel)), rel, to_write=True)
+            status = os.lstat(os.path.join(root.path, rel))
+            if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR):
+                raise PathRefused(f"Not a regular file: {rel}")
+            root.check_twin(status, rel, to_write=True)
         if driver is not None:
             raise PathRefused(f"{rel} goes through the filter {driver} (.gitattributes), a program that this server "
                               "does not run; commit it by hand")
@@ -14216,7 +14219,7 @@ def read_log(run: GitRun, revision: str, path: str, offset: int, limit: int) -> 
     is_more = done.is_cut or len(commits) > limit
     page = commits[:limit]
     return {"commits": page, "truncated": is_more,
-            "nextOffset": offset + len(page) if is_more and page else None}
+            "nextOffset": offset + max(len(page), 1) if is_more else None}  # past a message that no page can hold
 
 
 def _parse_log(output: bytes) -> list[dict[str, Any]]:

@@ -11902,7 +11902,9 @@ class TestCommits:
         (configured / "forced.log").write_text("x")
         git(configured, "add", "-f", "forced.log")
         os.mkfifo(configured / "pipe")
-        for name, words in (("forced.log", "ignored by .gitignore"), ("pipe", "Not a regular file")):
+        (configured / "README.md").unlink()
+        os.mkfifo(configured / "README.md")
+        for name, words in (("forced.log", "ignored by .gitignore"), ("pipe", "Not a regular file"), ("README.md", "Not a regular file")):
             with pytest.raises(lm.ToolError, match=words):
                 open_commits(configured).prepare("m", add=["new.txt", name])
 
@@ -12320,6 +12322,13 @@ class TestHistory:
         assert last["commits"][-1]["parents"] == [] and not last["truncated"]
         assert [one["subject"] for one in lm.read_log(run, "HEAD", "docs", 0, 9)["commits"]] == ["start"]
         assert lm.read_log(run, "HEAD~1", "", 0, 1)["commits"][0]["subject"] == "change 3"
+
+    def test_a_message_longer_than_any_page_does_not_end_the_log(self, repo, monkeypatch):
+        git(repo, "commit", "-qm", "x" * 9000)
+        monkeypatch.setattr(lm, "_LISTING_BYTES", 5000)
+        first = lm.read_log(open_git(repo).open(), "HEAD", "", 0, 20)
+        assert first["truncated"] and (first["commits"], first["nextOffset"]) == ([], 1)
+        assert lm.read_log(open_git(repo).open(), "HEAD", "", 1, 20)["commits"][0]["subject"] == "start"
 
     def test_a_difference_and_its_pages(self, repo):
         run = open_git(repo).open()
